@@ -1,0 +1,495 @@
+"""Every script end to end as a user runs it, and the maths against closed forms.
+
+    pytest                      all of it, under two minutes on two cores, no network
+    pytest -k "not process"     the closed forms alone, in seconds
+"""
+
+import gzip
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import common
+
+ROOT = Path(__file__).parent
+SCRIPTS = sorted(path.stem for path in ROOT.glob("[0-9]*.py"))
+ddpm = importlib.import_module("01_ddpm_ddim")
+
+
+def start(script: str, *options: str, cwd: Path) -> subprocess.Popen:
+    """The script as a process in a folder of its own, with the network out of reach."""
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    return subprocess.Popen(
+        [sys.executable, ROOT / f"{script}.py", *options],
+        cwd=cwd,
+        env={**os.environ, **nowhere, "COLUMNS": "100"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(script: str, *options: str, cwd: Path, status: int = 0) -> str:
+    """Run to the end; returns all that was printed, stdout first."""
+    process = start(script, *options, cwd=cwd)
+    output = "".join(process.communicate(timeout=300))
+    assert process.returncode == status, output
+    assert "Traceback" not in output
+    return output
+
+
+@pytest.fixture(scope="session")
+def fast_dev(tmp_path_factory):
+    """script -> the folder in which its --fast-dev run has finished; each script runs once."""
+    done: dict[str, Path] = {}
+
+    def folder(script: str) -> Path:
+        if script not in done:
+            done[script] = tmp_path_factory.mktemp(script)
+            run(script, "--fast-dev", cwd=done[script])
+        return done[script]
+
+    return folder
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the script ended too early"
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+# ------------------------------------------------------------------- scripts, as processes
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_process_fast_dev_leaves_all_results(script, fast_dev):
+    folder = fast_dev(script)
+    assert [path.name for path in folder.iterdir()] == ["runs"]  # nothing anywhere else
+    assert [path.name for path in (folder / "runs").iterdir()] == ["fast_dev"]
+    results = folder / "runs" / "fast_dev" / script
+    pictures = [*results.glob("*.png"), *results.glob("*.gif")]
+    assert {"loss.png"} < {path.name for path in pictures}
+    for path in pictures:
+        with Image.open(path) as image:
+            assert min(image.size) >= 100
+            assert image.convert("L").getextrema()[0] < image.convert("L").getextrema()[1]
+            assert path.suffix == ".png" or image.n_frames > 5
+    timings = json.loads((results / "timings.json").read_text())
+    assert timings["device"] in ("cpu", "cuda", "mps")
+    assert timings["torch"] == torch.__version__
+    assert timings["parameters"] > 1000 and timings["training_seconds"] > 0
+    for sampler in timings["samplers"]:
+        assert sampler["steps"] > 0 and sampler["seconds"] > 0 and sampler["images"] == 16
+        rate = sampler["large_batch"] / sampler["images_per_second"]
+        assert rate > 0 and sampler["runs"] >= 1
+    lines = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[0]["images_per_second"] > 0
+    saved = torch.load(results / "checkpoint.pt", weights_only=True)
+    assert saved["script"] == script and saved["args"]["dataset"] == "synthetic"
+    for path in results.glob("eval_*.pt"):
+        samples = torch.load(path, weights_only=True)
+        assert samples["images"].dtype == torch.uint8
+        assert samples["images"].shape == (20, 1, 28, 28)
+        assert len(samples["images"].unique(dim=0)) == 20  # no image twice
+        assert samples["steps"] > 0 and samples["args"]["fast_dev"]
+
+
+def test_process_kill_and_resume_is_bit_identical(tmp_path):
+    options = ["--fast-dev", "--epochs", "4", "--timesteps", "4", "--ddim-steps", "2",
+               "--ddim-sweep", "1", "--eval-samples", "0"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    run("01_ddpm_ddim", *options, cwd=whole)
+    process = start("01_ddpm_ddim", *options, cwd=killed)
+    results = killed / "runs" / "fast_dev" / "01_ddpm_ddim"
+    wait_for((results / "metrics.jsonl").exists, process)
+    process.kill()
+    process.communicate()
+    done = torch.load(results / "checkpoint.pt", weights_only=True)["history"]
+    assert len(done) < 4, "the kill came too late to test anything"
+    run("01_ddpm_ddim", "--fast-dev", "--resume", "--eval-samples", "0", cwd=killed)
+    one, two = [
+        torch.load(path / "runs/fast_dev/01_ddpm_ddim/checkpoint.pt", weights_only=True)
+        for path in (whole, killed)
+    ]
+    assert len(two["history"]) == 4
+    for part in ("model", "ema"):
+        assert all(torch.equal(one[part][name], two[part][name]) for name in one[part])
+    assert torch.equal(one["rng"], two["rng"])
+
+
+def test_process_ctrl_c_names_the_checkpoint(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup's children would ignore it
+    process = start("01_ddpm_ddim", "--fast-dev", "--epochs", "1000", cwd=tmp_path)
+    results = tmp_path / "runs" / "fast_dev" / "01_ddpm_ddim"
+    wait_for((results / "metrics.jsonl").exists, process)
+    process.send_signal(signal.SIGINT)
+    try:
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("stopped; --resume goes on from runs")
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--epochs", "0"], 2, "--epochs 0"),
+        (["--resume"], 1, "no checkpoint runs"),
+        (["--dataset", "mnist"], 1, "ubyte.gz there, or take --dataset synthetic"),
+    ],
+)
+def test_process_bad_input_ends_in_one_line(options, status, message, tmp_path):
+    last = run("01_ddpm_ddim", *options, cwd=tmp_path, status=status).splitlines()[-1]
+    assert message in last
+    assert not list(tmp_path.glob("**/*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset", "cifar"], "invalid choice: 'cifar'"),
+        (["--epochs", "two"], "invalid int value"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--batch-size", "61000"], "60000 images"),
+        (["--ddim-steps", "1001"], "not 1001"),
+        (["--ddim-sweep", "20", "0"], "not 0"),
+        (["--width", "12"], "multiple of 8"),
+        (["--timesteps", "1"], "--timesteps 1"),
+        (["--device", "tpu"], "this machine has only"),
+        (["--device", "cuda"], "this machine has only"),
+    ],
+)
+def test_bad_options_are_usage_errors(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        ddpm.main(options)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_bad_checkpoints_are_refused_and_left_alone(fast_dev, tmp_path, capsys):
+    good = fast_dev("01_ddpm_ddim") / "runs/fast_dev/01_ddpm_ddim/checkpoint.pt"
+    path, other = tmp_path / "checkpoint.pt", tmp_path / "other.pt"
+    torch.save(torch.load(good, weights_only=True) | {"script": "02_latent_diffusion"}, other)
+    for content, options, message in [
+        (good.read_bytes()[:5000], [], "damaged"),
+        (b"not a checkpoint", [], "damaged"),
+        (other.read_bytes(), [], "of 02_latent_diffusion.py"),
+        (good.read_bytes(), ["--width", "16"], "made with --width 8"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(SystemExit) as error:
+            ddpm.main(["--resume", "--out-dir", str(tmp_path), *options])
+        assert message in f"{error.value.code}{capsys.readouterr().err}"
+        assert path.read_bytes() == content
+
+
+def test_process_nan_stops_and_leaves_the_checkpoint(fast_dev, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    shutil.copy(fast_dev("01_ddpm_ddim") / "runs/fast_dev/01_ddpm_ddim/checkpoint.pt", path)
+    before = path.read_bytes()
+    options = ["--resume", "--out-dir", str(tmp_path), "--epochs", "9", "--lr", "1e30"]
+    assert "try a lower --lr" in run("01_ddpm_ddim", *options, cwd=tmp_path, status=1)
+    assert path.read_bytes() == before
+
+
+def test_process_shipped_weights_draw_without_data(tmp_path):
+    steps = ["--ddim-steps", "10", "--ddim-sweep", "5"]
+    process = start("01_ddpm_ddim", "--sample-only", *steps, cwd=tmp_path)
+    picture = tmp_path / "runs" / "01_ddpm_ddim" / "samples_ddim_10.png"
+    try:
+        wait_for(picture.exists, process, seconds=60)
+    finally:
+        process.kill()
+    assert "weights/01_ddpm_ddim.pt" in process.communicate()[0]
+
+
+def test_damaged_archive_is_named(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"half of it"))
+    args = ddpm.parse_args(["--data-dir", str(tmp_path), "--out-dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="train-images-idx3-ubyte.gz is damaged"):
+        common.load_digits(args)
+
+
+# ------------------------------------------------------------------------ the method's maths
+
+
+def exact_eps(schedule, x0):
+    """The network that knows x0: ε = (x_t - √ᾱ_t x0) / √(1-ᾱ_t)."""
+
+    def model(x, t):
+        ab = schedule.alpha_bars[t].view(-1, 1, 1, 1)
+        return (x - ab.sqrt() * x0) / (1 - ab).sqrt()
+
+    return model
+
+
+def gaussian_eps(schedule, s):
+    """The ideal network for data N(0, s²): E[ε | x_t] = √(1-ᾱ) x_t / (ᾱ s² + 1-ᾱ)."""
+
+    def model(x, t):
+        ab = schedule.alpha_bars[t].view(-1, 1, 1, 1)
+        return (1 - ab).sqrt() * x / (ab * s**2 + 1 - ab)
+
+    return model
+
+
+@pytest.mark.parametrize("timesteps", [2, 3, 10, 50, 999, 1000, 4000])
+def test_schedule(timesteps):
+    schedule = ddpm.make_schedule(timesteps)
+    assert all(table.dtype == torch.float64 for table in schedule[:3])
+    assert all(table.shape == (timesteps,) for table in schedule)
+    assert schedule.alpha_bars[-1].sqrt() < 0.02  # nothing of the image is left
+    assert schedule.alpha_bars[0] > 0.999  # hardly any noise at the start
+    assert ((schedule.betas > 0) & (schedule.betas < 1)).all()
+    product = 1.0
+    for beta, alpha_bar in zip(schedule.betas.tolist(), schedule.alpha_bars.tolist()):
+        product *= 1 - beta
+        assert product == pytest.approx(alpha_bar, rel=1e-9)
+
+
+def test_q_sample_has_the_moments_of_eq_4():
+    schedule = ddpm.make_schedule(1000)
+    x0, noise = torch.full((4, 1, 2, 2), 0.5), torch.full((4, 1, 2, 2), -2.0)
+    t = torch.tensor([0, 1, 500, 999])
+    x_t = ddpm.q_sample(schedule, x0, t, noise)
+    for i, step in enumerate(t.tolist()):
+        ab = 1.0
+        for beta in schedule.betas[: step + 1].tolist():
+            ab *= 1 - beta
+        assert x_t[i].flatten()[0].item() == pytest.approx(0.5 * ab**0.5 - 2 * (1 - ab) ** 0.5)
+
+
+@pytest.mark.parametrize("timesteps", [2, 50, 1000])
+def test_posterior_is_bayes_rule(timesteps):
+    schedule = ddpm.make_schedule(timesteps)
+    x_t, x0 = torch.tensor(0.7, dtype=torch.float64), torch.tensor(-0.3, dtype=torch.float64)
+    for t in range(1, timesteps, max(1, timesteps // 13)):
+        beta, ab_prev = schedule.betas[t].item(), schedule.alpha_bars[t - 1].item()
+        # p(x_{t-1} | x_t, x0) ∝ N(x_{t-1}; √ᾱ_{t-1} x0, 1-ᾱ_{t-1}) N(x_t; √α_t x_{t-1}, β_t)
+        precision = 1 / (1 - ab_prev) + (1 - beta) / beta
+        mean = (ab_prev**0.5 * x0 / (1 - ab_prev) + (1 - beta) ** 0.5 * x_t / beta) / precision
+        ours = ddpm.posterior(schedule, t, x_t, x0)
+        assert ours[0].item() == pytest.approx(mean.item(), rel=1e-9)
+        assert ours[1] == pytest.approx(1 / precision, rel=1e-9)
+    mean, variance = ddpm.posterior(schedule, 0, x_t, x0)
+    assert mean.item() == pytest.approx(-0.3) and variance == 0  # the last step: x̂_0, no noise
+
+
+@pytest.mark.parametrize(("timesteps", "steps"), [(1000, 100), (1000, 7), (50, 50), (40, 1)])
+def test_ddim_pairs(timesteps, steps):
+    pairs = ddpm.ddim_pairs(timesteps, steps)
+    assert len(pairs) == steps
+    assert pairs[0][0] == timesteps - 1 and pairs[-1][1] == -1
+    assert all(t > s for t, s in pairs)
+    assert all(one[1] == two[0] for one, two in pairwise(pairs))
+
+
+def test_ddim_pairs_refuse_more_steps_than_timesteps():
+    with pytest.raises(ValueError, match="not 51"):
+        ddpm.ddim_pairs(50, 51)
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_ddim_with_the_exact_noise_returns_the_image(steps, clamp):
+    schedule = ddpm.make_schedule(1000)
+    x0 = torch.rand(3, 1, 28, 28, dtype=torch.float64) * 2 - 1
+    x_T = torch.randn(x0.shape, dtype=torch.float64)
+    sample = ddpm.ddim_sample(exact_eps(schedule, x0), schedule, x_T, steps, clamp=clamp)
+    assert torch.allclose(sample, x0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_samplers_give_the_variance_of_gaussian_data(sampler):
+    """With the ideal network for N(0, 0.5²) the samples are N(0, 0.5²): no step may go astray."""
+    schedule, rng = ddpm.make_schedule(1000), torch.Generator().manual_seed(0)
+    x_T = torch.randn(20, 1, 28, 28, generator=rng, dtype=torch.float64)
+    model = gaussian_eps(schedule, 0.5)
+    if sampler == "ddim":
+        x = ddpm.ddim_sample(model, schedule, x_T, 1000, clamp=False)
+    else:
+        x = ddpm.ddpm_sample(model, schedule, x_T, rng, clamp=False)
+    assert x.std().item() == pytest.approx(0.5, rel=0.02)
+
+
+def test_ddim_with_eta_1_and_all_steps_is_ddpm():
+    schedule, model = ddpm.make_schedule(60), gaussian_eps(ddpm.make_schedule(60), 0.5)
+    x_T = torch.randn(4, 1, 28, 28, dtype=torch.float64)
+    rngs = [torch.Generator().manual_seed(1) for _ in range(2)]
+    one = ddpm.ddpm_sample(model, schedule, x_T, rngs[0])
+    two = ddpm.ddim_sample(model, schedule, x_T, 60, eta=1.0, rng=rngs[1])
+    assert torch.allclose(one, two, atol=1e-9)
+
+
+def test_clamping_derives_the_noise_anew():
+    """A network whose x̂_0 is always 3 must land on 1 and keep x_t = √ᾱ x̂_0 + √(1-ᾱ) ε̂."""
+    schedule = ddpm.make_schedule(1000)
+    model = exact_eps(schedule, torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64))
+    x_T, seen = torch.zeros(1, 1, 1, 1, dtype=torch.float64), []
+    x = ddpm.ddim_sample(model, schedule, x_T, 2, trace=lambda *step: seen.append(step))
+    assert x.item() == pytest.approx(1)
+    (t, x_t, x0_hat), (s, x_s, _) = seen
+    ab, ab_s = schedule.alpha_bars[t], schedule.alpha_bars[s]
+    eps = (x_t - ab.sqrt() * x0_hat) / (1 - ab).sqrt()
+    assert x_s.item() == pytest.approx((ab_s.sqrt() * x0_hat + (1 - ab_s).sqrt() * eps).item())
+
+
+def test_loss_is_the_error_of_the_noise():
+    schedule, x0 = ddpm.make_schedule(100), torch.rand(8, 1, 28, 28) * 2 - 1
+    exact = exact_eps(schedule, x0.double())
+    rng = torch.Generator().manual_seed(0)
+    assert ddpm.diffusion_loss(exact, schedule, x0, rng=rng).item() < 1e-6
+    noise = torch.full_like(x0, 2.0)
+    zero = ddpm.diffusion_loss(lambda x, t: torch.zeros_like(x), schedule, x0, noise=noise)
+    assert zero.item() == pytest.approx(4)
+    seen = []
+    for _ in range(200):
+        ddpm.diffusion_loss(lambda x, t: seen.append(t) or x, schedule, x0, rng=rng)
+    assert torch.cat(seen).unique().tolist() == list(range(100))  # each t is trained, 0 and 99 too
+
+
+# --------------------------------------------------------------------- networks and plumbing
+
+
+def unet(**options) -> nn.Module:
+    torch.manual_seed(0)
+    return ddpm.UNet(width=8, **options)
+
+
+def test_fresh_unet_outputs_zeros():
+    assert unet()(torch.randn(2, 1, 28, 28), torch.tensor([0, 999])).abs().max() == 0
+
+
+def test_every_weight_of_the_unet_matters():
+    model = unet(blocks=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    x, t = torch.randn(4, 1, 28, 28), torch.tensor([1, 10, 100, 900])
+    model(x, t).square().sum().backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not dead
+    assert not torch.allclose(model(x, t), model(x, t + 1), atol=1e-4)
+    assert not [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+@pytest.mark.parametrize("timesteps", [20, 1000])
+def test_unet_gives_the_embedding_times_up_to_1000(timesteps, monkeypatch):
+    seen, embedding = [], common.timestep_embedding
+    spy = lambda t, dim: seen.append(t) or embedding(t, dim)
+    monkeypatch.setattr(common, "timestep_embedding", spy)
+    unet(timesteps=timesteps)(torch.zeros(2, 1, 28, 28), torch.tensor([0, timesteps - 1]))
+    assert seen[0].min() == 0 and 900 < seen[0].max() < 1000
+
+
+@pytest.mark.parametrize("timesteps", [50, 1000])
+def test_time_embedding_separates_neighbours(timesteps):
+    emb = common.timestep_embedding(torch.arange(timesteps) * (1000 / timesteps), 32)
+    assert (emb[1:] - emb[:-1]).norm(dim=1).min() > 0.5
+    distances = torch.cdist(emb, emb) + 10 * torch.eye(timesteps)
+    assert distances.min() > 0.5  # and all others too: no two times look alike
+
+
+def test_cross_attention_reads_its_context():
+    torch.manual_seed(0)
+    layer = common.CrossAttention(8, 5)
+    nn.init.normal_(layer.out.weight)
+    x, context = torch.randn(2, 8, 7, 7), torch.randn(2, 3, 5)
+    q = layer.q(layer.norm(x).permute(0, 2, 3, 1).reshape(2, 49, 8))
+    k, v = layer.kv(context).split(8, dim=2)
+    weights = torch.softmax(torch.einsum("bqc,bkc->bqk", q, k) / 8**0.5, dim=2)
+    expected = layer.out(torch.einsum("bqk,bkc->bqc", weights, v))
+    expected = x + expected.reshape(2, 7, 7, 8).permute(0, 3, 1, 2)
+    assert torch.allclose(layer(x, context), expected, atol=1e-5)
+
+
+def test_ema_against_a_sum_by_hand():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 5.0)
+    ema, expected = common.EMA(model, decay=0.5), 5.0
+    for n, value in enumerate([1.0, -2.0, 4.0, 0.5, 7.0, 3.0, 1.0, 2.0, 6.0, 9.0], start=1):
+        nn.init.constant_(model.weight, value)
+        ema.update(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    assert ema.model.weight.item() == pytest.approx(expected)
+
+
+def test_same_seed_same_samples():
+    schedule, model = ddpm.make_schedule(20), unet(timesteps=20)
+    nn.init.normal_(model.conv_out.weight)
+    x_T = torch.randn(2, 1, 28, 28)
+    rng = [torch.Generator().manual_seed(seed) for seed in (3, 3, 4)]
+    one, same, other = (ddpm.ddpm_sample(model, schedule, x_T, generator) for generator in rng)
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_synthetic_digits():
+    images, labels = common.synthetic_digits(300, seed=5)
+    again, _ = common.synthetic_digits(300, seed=5)
+    other, _ = common.synthetic_digits(300, seed=6)
+    assert images.shape == (300, 1, 28, 28) and torch.equal(images, again)
+    assert not torch.equal(images, other)
+    assert images.min() >= -1 and images.max() <= 1 and images[:, 0, 0, 0].max() < -0.99
+    assert labels.bincount(minlength=10).min() > 10
+    mass = (images + 1).sum((1, 2, 3))
+    for dim in (2, 3):  # centred by mass, but for a shift of up to 1.5 pixels
+        centre = ((images + 1).sum((1, 5 - dim)) @ torch.arange(28.0)) / mass
+        assert (centre - 13.5).abs().max() < 2.2
+
+
+def test_batches_cover_an_epoch_once():
+    images, labels = torch.arange(10.0).view(10, 1, 1, 1), torch.arange(10)
+    rng = torch.Generator().manual_seed(0)
+    seen = list(common.batches(images, labels, 3, rng))
+    assert [len(x) for x, _ in seen] == [3, 3, 3]
+    assert all(torch.equal(x.flatten().long(), y) for x, y in seen)
+    assert len({int(y) for _, labels in seen for y in labels}) == 9
+    assert [y.tolist() for _, y in common.batches(images, labels, 3, rng)] != [
+        y.tolist() for _, y in seen
+    ]
+
+
+def test_to_uint8_keeps_black_and_white():
+    values = torch.tensor([-1.2, -1, 0.0039, 1, 1.3])
+    assert common.to_uint8(values).tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.skipif(not (ROOT / "data/MNIST/raw").exists(), reason="MNIST is not in data/")
+def test_300_steps_on_mnist_learn(tmp_path):
+    options = ["--train-images", "4800", "--width", "16", "--out-dir", str(tmp_path)]
+    args = ddpm.parse_args([*options, "--data-dir", str(ROOT / "data")])
+    images, labels = common.load_digits(args)
+    assert images.min() == -1 and images.max() == 1 and labels[:5].tolist() == [5, 0, 4, 1, 9]
+    torch.manual_seed(0)
+    model, schedule = ddpm.make_model(args), ddpm.make_schedule(1000)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    rng, losses = torch.Generator().manual_seed(0), []
+    for x0, _ in common.batches(images, labels, 16, rng):  # 300 of them
+        loss = ddpm.diffusion_loss(model, schedule, x0, rng=rng)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-50:]) / 50 < 0.09  # 0.066 and 0.067 with two seeds; 0.17 without the skips
