@@ -87,7 +87,7 @@ def test_process_fast_dev_leaves_all_results(script, fast_dev):
         with Image.open(path) as image:
             assert min(image.size) >= 100
             assert image.convert("L").getextrema()[0] < image.convert("L").getextrema()[1]
-            assert path.suffix == ".png" or image.n_frames > 5
+            assert path.suffix == ".png" or image.n_frames >= 3
     timings = json.loads((results / "timings.json").read_text())
     assert timings["device"] in ("cpu", "cuda", "mps")
     assert timings["torch"] == torch.__version__
