@@ -118,11 +118,11 @@ def load_digits(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, T
             sys.exit(f"{raw / name} is damaged (wrong checksum): delete it and run again")
     try:
         data = MNIST(args.data_dir, train=train, download=True)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        if all((raw / name).exists() for name, _ in MNIST.resources):
+            sys.exit(f"an unpacked file in {raw} is damaged: delete all but *.gz there")
         sys.exit(f"no MNIST in {raw}, no download ({error}): put {names} there, or take "
                  "--dataset synthetic")
-    except (ValueError, AssertionError):
-        sys.exit(f"an unpacked file in {raw} is damaged: delete all but *.gz there and run again")
     return data.data[:n, None].to(args.device) / 127.5 - 1, data.targets[:n].to(args.device)
 
 

@@ -231,6 +231,18 @@ def test_damaged_archive_is_named(tmp_path):
         common.load_digits(args)
 
 
+@pytest.mark.skipif(not (ROOT / "data/MNIST/raw").exists(), reason="MNIST is not in data/")
+def test_damaged_unpacked_file_is_named(tmp_path):
+    args = ddpm.parse_args(["--data-dir", str(tmp_path), "--out-dir", str(tmp_path)])
+    raw = tmp_path / "MNIST" / "raw"
+    shutil.copytree(ROOT / "data/MNIST/raw", raw)
+    common.load_digits(args)
+    unpacked = raw / "train-images-idx3-ubyte"
+    unpacked.write_bytes(unpacked.read_bytes()[:1_000_000])
+    with pytest.raises(SystemExit, match="unpacked file"):
+        common.load_digits(args)
+
+
 # ------------------------------------------------------------------------ the method's maths
 
 
