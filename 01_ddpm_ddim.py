@@ -2,8 +2,8 @@
 
 Diffusion destroys an image in T small steps of Gaussian noise until nothing of it is left. The
 sum of many Gaussian steps is one Gaussian step, so any x_t can be drawn from x_0 directly, and a
-network can be trained on one random t at a time to tell which noise was added. Sampling starts
-from pure noise and walks back: DDPM by T random steps, each undoing one step of noise; DDIM by a
+network can be trained on one random t at a time to tell which noise was added. Sampling begins
+with pure noise and walks back: DDPM by T random steps, each undoing one step of noise; DDIM by a
 few deterministic ones, each aiming at the image that the network believes in and stopping short.
 Both use the same trained network.
 
