@@ -347,7 +347,7 @@ def make_figures(args, model: nn.Module, history: list) -> None:
     title = "One network; a column starts from one noise; DDIM by number of steps, and DDPM"
     common.save_grid(torch.cat([*rows.values()]), args.out_dir / "samples_steps.png", title,
                      columns=10, rows=[*rows])
-    for (name, n), sample in samplers.items() if args.eval_samples else ():
+    for (name, n), sample in reversed(samplers.items()) if args.eval_samples else ():
         rng.manual_seed(args.seed)
         how = {"method": "diffusion", "sampler": name, "steps": n, "seed": args.seed}
         common.save_eval(args, f"{name.lower()}_{n}", sample, **how)

@@ -174,10 +174,11 @@ SPEED_UPS = ["channels-last", "fused", "amp", "compile", "graph"]  # the last th
 
 
 def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float):
-    """A parser with the options that all scripts share; each script adds its method's own."""
+    """A parser with the options that all scripts share; each adds its own, or replaces one."""
     script, flag = Path(file).stem, {"action": "store_true"}
-    parser = argparse.ArgumentParser(f"{script}.py", "%(prog)s [options]", summary)
-    parser.formatter_class, add = argparse.ArgumentDefaultsHelpFormatter, parser.add_argument
+    how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "conflict_handler": "resolve"}
+    parser = argparse.ArgumentParser(f"{script}.py", "%(prog)s [options]", summary, **how)
+    add = parser.add_argument
     parser.set_defaults(script=script, weights=Path(__file__).parent / "weights" / f"{script}.pt")
     add("--epochs", type=int, default=epochs, help="passes over the training images")
     add("--batch-size", type=int, default=batch_size, help="images in a training step")
@@ -214,7 +215,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dic
         parser.error(f"--device {args.device}: this machine has only {', '.join(there)}")
     args.checkpoint = args.out_dir / "checkpoint.pt"
     if args.resume or args.sample_only or args.export:
-        ours = args.checkpoint.exists() or not args.sample_only
+        ours = args.checkpoint.exists() or args.resume or args.export
         args.saved = load_checkpoint(args.checkpoint if ours else args.weights, script)
         typed = argparse.Namespace(**dict.fromkeys(vars(args)))
         parser.parse_args(argv, typed)  # fills in what argv names, no defaults
@@ -357,11 +358,11 @@ def restore(args: argparse.Namespace, rng: torch.Generator, parts: dict) -> list
     return args.saved["history"]
 
 
-def export_weights(args: argparse.Namespace) -> None:
+def export_weights(args: argparse.Namespace, network: str = "ema") -> None:
     """Write what sampling needs of args.saved, in half precision, to args.weights."""
-    half = {name: weight.half() for name, weight in args.saved.pop("ema").items()}
+    half = {network: {name: weight.half() for name, weight in args.saved[network].items()}}
     leave = ("model", "optimizer", "scheduler", "rng")
-    save(args.weights, {k: v for k, v in args.saved.items() if k not in leave} | {"ema": half})
+    save(args.weights, {k: v for k, v in args.saved.items() if k not in leave} | half)
 
 
 def save_eval(args: argparse.Namespace, name: str, sample, **how) -> None:

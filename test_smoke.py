@@ -4,6 +4,7 @@
     pytest -k "not process"     the closed forms alone, in seconds
 """
 
+import argparse
 import gzip
 import importlib
 import json
@@ -20,12 +21,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.transforms.functional import gaussian_blur, to_pil_image
 
 import common
 
 ROOT = Path(__file__).parent
-SCRIPTS = sorted(path.stem for path in ROOT.glob("[0-9]*.py"))
+SCRIPTS = sorted(path.stem for path in ROOT.glob("0[1-4]*.py"))
 ddpm = importlib.import_module("01_ddpm_ddim")
+compare = importlib.import_module("05_compare")
 
 
 def start(script: str, *options: str, cwd: Path) -> subprocess.Popen:
@@ -379,6 +382,209 @@ def test_loss_is_the_error_of_the_noise():
     for _ in range(200):
         ddpm.diffusion_loss(lambda x, t: seen.append(t) or x, schedule, x0, rng=rng)
     assert torch.cat(seen).unique().tolist() == list(range(100))  # each t is trained, 0 and 99 too
+
+
+# ----------------------------------------------------------------------- the measurements
+
+
+def gaussian(mean: list, root: list, n: int = 50) -> torch.Tensor:
+    """n points whose sample mean is `mean`, and covariance root @ rootᵀ, both exactly."""
+    z = torch.randn(n, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    z = torch.linalg.qr(z - z.mean(0)).Q * (n - 1) ** 0.5
+    return z @ torch.tensor(root, dtype=torch.float64).T + torch.tensor(mean)
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    one = gaussian([1.0, 2.0], [[3, 0], [0, 0.5]])
+    two = gaussian([0.0, 4.0], [[1, 0], [0, 2]], n=70)
+    by_hand = 1 + 4 + (3 - 1) ** 2 + (0.5 - 2) ** 2  # |Δµ|² + Σ (σ - σ')²
+    assert compare.frechet_distance(one, two) == pytest.approx(by_hand)
+    root = torch.tensor([[2.0, 0.0], [1.5, 0.3]]).double()  # now Σ and Σ' do not commute
+    product = torch.diag(torch.tensor([9, 0.25]).double()) @ root @ root.T
+    cross = (product.trace() + 2 * product.det().sqrt()).sqrt()  # tr M^½ of a 2x2 matrix
+    by_hand = 1 + 4 + 9 + 0.25 + (root @ root.T).trace() - 2 * cross
+    two = gaussian([0.0, 4.0], root.tolist(), n=70)
+    assert compare.frechet_distance(one, two) == pytest.approx(by_hand.item())
+    assert compare.frechet_distance(two, one) == pytest.approx(by_hand.item())
+    assert compare.frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+    few = torch.randn(5, 64).double()  # fewer points than dimensions
+    assert compare.frechet_distance(few, few) == pytest.approx(0, abs=1e-9)
+    assert compare.frechet_distance(few, few + 0.5) == pytest.approx(64 * 0.25)
+
+
+def test_precision_and_recall_by_hand():
+    line = lambda *points: torch.tensor(points, dtype=torch.float64)[:, None]
+    real = line(0, 1, 2, 10)  # distance to the nearest other: 1, 1, 1, 8
+    fake = line(0.5, 20, 9)  # in reach of 0; of none; of 10
+    assert compare.precision_recall(real, fake, k=1) == pytest.approx((2 / 3, 1))
+    fake = line(0.5, 0.7, 0.8)  # all in reach of 0 or 1; theirs, 0.2, 0.1, 0.1, reaches nothing
+    assert compare.precision_recall(real, fake, k=1) == pytest.approx((1, 0))
+    assert compare.precision_recall(real, fake, k=2) == pytest.approx((1, 0.25))  # 0.7 + 0.3 = 1
+
+
+@pytest.fixture(scope="module")
+def judged():
+    """The shipped classifier, the features of 3,000 digits, and 1,000 others with labels."""
+    saved = common.load_checkpoint(ROOT / "weights" / "05_compare.pt", "05_compare")
+    judge = compare.Judge().eval()
+    judge.load_state_dict(saved["model"])
+    images, _ = common.synthetic_digits(3000, seed=1)
+    real, _ = compare.features(judge, common.to_uint8(images))
+    return judge, real, *common.synthetic_digits(1000, seed=2)
+
+
+def scores(judged, images, labels) -> dict:
+    samples = {"images": common.to_uint8(images), "labels": labels}
+    return compare.score(judged[0], judged[1], samples)
+
+
+def test_worse_digits_score_worse(judged):
+    images, labels = judged[2:]
+    good = scores(judged, images, labels)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noised = [scores(judged, images + s * noise, labels) for s in (0.2, 0.4, 0.8)]
+    blurred = [scores(judged, gaussian_blur(images, 9, s), labels) for s in (0.7, 1.2, 2.0)]
+    dropped = [scores(judged, images[labels > d], labels[labels > d]) for d in (0, 2, 5)]
+    for series in (noised, blurred, dropped):
+        distances = [good["distance"]] + [row["distance"] for row in series]
+        assert distances == sorted(distances) and distances[1] > 1.5 * distances[0]
+    assert noised[-1]["precision"] < 0.5 * good["precision"]
+    assert [row["recall"] for row in dropped] == sorted([row["recall"] for row in dropped])[::-1]
+    assert dropped[-1]["recall"] < 0.6 * good["recall"]
+    assert dropped[-1]["precision"] > 0.9 * good["precision"]  # what is left are still digits
+    assert good["accuracy"] > 0.95 > noised[-1]["accuracy"]
+    wrong = scores(judged, images, (labels + 1) % 10)
+    assert wrong["accuracy"] < 0.05 and wrong["distance"] == good["distance"]
+
+
+ROW = {"method": "diffusion", "sampler": "DDIM", "steps": 100, "N": 1000, "distance": 1.2,
+       "seconds": 1.0, "images_per_second": 20.0, "accuracy": 0.98, "misread": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("claim", "changes", "expected"),
+    [
+        (0, {"sampler": "DDPM", "steps": 1000, "seconds": 5.1}, "holds"),
+        (0, {"sampler": "DDPM", "steps": 1000, "seconds": 4.9}, "does not hold"),
+        (1, {"sampler": "DDPM", "steps": 1000, "distance": 0.97}, "holds"),
+        (1, {"sampler": "DDPM", "steps": 1000, "distance": 0.95}, "does not hold"),
+        (1, {"sampler": "DDPM", "steps": 1000, "N": 500}, "not measured"),
+        (1, {"sampler": "DDPM", "steps": 500}, "not measured"),
+        (2, {"method": "latent diffusion", "images_per_second": 21.0}, "holds"),
+        (2, {"method": "latent diffusion", "images_per_second": 19.0}, "does not hold"),
+        (2, {"method": "latent diffusion", "distance": 1.6}, "does not hold"),
+    ],
+)
+def test_claims_follow_their_rules(claim, changes, expected):
+    rows = [ROW | {"N": 200, "distance": 9.0}, ROW, ROW | changes]
+    _, rule, verdict, figures = compare.judge_claim(rows, *compare.CLAIMS[claim])
+    assert verdict == expected
+    assert "times that of diffusion" in rule
+    assert figures.endswith("(N = 1,000)") or verdict == "not measured"
+
+
+def test_what_a_claim_lacks_is_named():
+    claim = compare.CLAIMS[0]
+    assert compare.judge_claim([], *claim)[2:] == ["not measured", "no sets"]
+    assert compare.judge_claim([ROW], *claim)[2:] == ["not measured", "no diffusion DDPM 1000"]
+    untimed = {key: value for key, value in ROW.items() if key != "seconds"}
+    rows = [untimed, ROW | {"sampler": "DDPM", "steps": 1000}]
+    assert compare.judge_claim(rows, *claim)[2:] == ["not measured", "'seconds'"]
+    guided = ROW | {"method": "guided diffusion"}
+    rows = [guided | {"guidance": 1}, guided | {"guidance": 3, "misread": 0.01}]
+    assert compare.judge_claim(rows, *compare.CLAIMS[3])[2] == "holds"
+
+
+def test_unlike_runs_are_marked():
+    args = argparse.Namespace(fast_dev=False, dataset="mnist")
+    made = {"fast_dev": False, "dataset": "mnist"}
+    rows = [{"args": made, "hardware": "H200"}, {"args": made, "hardware": "H200"},
+            {"args": made, "hardware": "2 cores"}, {"hardware": "H200"},
+            {"args": made | {"fast_dev": True}, "hardware": "H200"},
+            {"args": made | {"dataset": "synthetic"}, "hardware": "H200"}]
+    compare.add_notes(rows, args)
+    assert [row["note"] for row in rows] == [
+        "", "", "on 2 cores", "unknown origin", "fast_dev True", "synthetic digits"]
+
+
+def test_process_compare_reports_on_the_runs_there_are(fast_dev, tmp_path):
+    """On 01's --fast-dev run: table, plots, verdicts; and these are not taken for real runs."""
+    shutil.copytree(fast_dev("01_ddpm_ddim") / "runs", tmp_path / "runs")
+    printed = run("05_compare", "--fast-dev", cwd=tmp_path)
+    results = tmp_path / "runs" / "fast_dev" / "05_compare"
+    text = (results / "comparison.md").read_text()
+    assert text in printed
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    head, rows = table[2], [line for line in table if line and line[0] == "diffusion"]
+    assert [line[:3] for line in rows] == [
+        ["diffusion", "DDIM", "2"], ["diffusion", "DDIM", "5"], ["diffusion", "DDIM", "10"],
+        ["diffusion", "DDPM", "20"]]
+    for line in rows:
+        row = dict(zip(head, line))
+        assert row["network calls"] == row["steps"] and row["N"] == "20"
+        assert float(row["Fréchet distance"]) > 0 and float(row["seconds for 16"]) > 0
+    assert "| training digits " in text and "not measured" in text
+    for name in ("network_calls", "seconds", "training_minutes"):
+        with Image.open(results / f"quality_{name}.png") as image:
+            assert min(image.size) >= 300
+    options = ["--dataset", "synthetic", "--train-images", "1000", "--runs", "runs/fast_dev"]
+    printed = run("05_compare", *options, cwd=tmp_path)
+    assert printed.count("fast_dev True") == 4 and printed.count("not measured") == 7
+    assert not list((tmp_path / "runs" / "05_compare").glob("*.png"))
+
+
+def test_process_compare_scores_a_set_and_a_folder_of_pngs_alike(tmp_path):
+    images = common.to_uint8(common.synthetic_digits(30, seed=3)[0])
+    torch.save({"images": images}, tmp_path / "set.pt")
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(images):
+        to_pil_image(image).save(tmp_path / "folder" / f"{i:03}.png")
+    options = ["--dataset", "synthetic", "--train-images", "1000"]
+    printed = run("05_compare", "set.pt", "folder", *options, cwd=tmp_path)
+    one, two = (line.split("|")[2:-2] for name in ("set.pt", "folder")
+                for line in printed.splitlines() if line.startswith(f"| {name} "))
+    assert one == two and one[0].strip() == "30"
+
+
+@pytest.mark.parametrize("content", [
+    b"not a set", torch.zeros(8, 1, 28, 28), {"image": 1}, {"images": [1, 2]},
+    {"images": torch.zeros(8, 1, 28, 28)}, {"images": torch.zeros(8, 28, 28).byte()},
+    {"images": torch.zeros(4, 1, 28, 28).byte()},
+    {"images": torch.zeros(8, 1, 28, 28).byte(), "labels": torch.zeros(7)},
+])
+def test_what_is_not_an_evaluation_set_is_refused(content, tmp_path):
+    path = tmp_path / "set.pt"
+    torch.save(content, path) if type(content) is not bytes else path.write_bytes(content)
+    with pytest.raises(SystemExit, match="set.pt is not an evaluation set"):
+        compare.load_set(path, 100)
+    with pytest.raises(SystemExit, match="no such set"):
+        compare.load_set(tmp_path / "nothing.pt", 100)
+    with pytest.raises(SystemExit, match="is not an evaluation set"):
+        compare.load_set(tmp_path, 100)  # a folder without PNGs
+
+
+def test_the_classifiers_training_resumes_bit_identically(tmp_path, monkeypatch):
+    def copy_too(args, history, rng, parts):
+        save_checkpoint(args, history, rng, parts)
+        shutil.copy(args.checkpoint, tmp_path / f"{len(history)}.pt")
+
+    save_checkpoint = common.save_checkpoint
+    monkeypatch.setattr(common, "save_checkpoint", copy_too)
+    options = ["--fast-dev", "--train-images", "128", "--out-dir", str(tmp_path)]
+    compare.train(compare.parse_args(options))
+    shutil.move(tmp_path / "1.pt", tmp_path / "checkpoint.pt")
+    (whole := tmp_path / "whole.pt").write_bytes((tmp_path / "2.pt").read_bytes())
+    compare.train(compare.parse_args(["--train-judge", "--resume", *options[-2:]]))
+    one, two = (torch.load(path, weights_only=True)["model"] for path in (whole, tmp_path / "2.pt"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.skipif(not (ROOT / "data/MNIST/raw").exists(), reason="MNIST is not in data/")
+def test_the_shipped_classifier_reads_mnist(judged, tmp_path):
+    options = ["--data-dir", str(ROOT / "data"), "--out-dir", str(tmp_path)]
+    images, labels = common.load_digits(compare.parse_args(options), train=False)
+    row = scores(judged, images, labels)
+    assert row["accuracy"] > 0.994 and row["N"] == 10_000
 
 
 # --------------------------------------------------------------------- networks and plumbing
