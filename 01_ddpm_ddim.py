@@ -38,7 +38,6 @@ Left out: learned variances and importance-sampled t (Nichol & Dhariwal 2021), o
 
 import json
 import math
-import statistics
 import sys
 from functools import partial
 from itertools import pairwise
@@ -47,8 +46,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import common
@@ -271,8 +268,8 @@ def train(args) -> tuple[nn.Module, list]:
     ema.updates, scheduler.base_lrs = scheduler.last_epoch, [args.lr]  # --lr may be a new one
 
     net = torch.compile(model) if "compile" in args.speed else model
-    progress = common.Progress(args, history, steps_per_epoch)
-    for _ in range(len(history), args.epochs):
+    progress = common.Progress(args, history, steps_per_epoch, args.epochs)
+    for _ in range(progress.done, args.epochs):
         for x0, _ in common.batches(images, labels, args.batch_size, rng):
             with torch.autocast(args.device, torch.bfloat16, "amp" in args.speed):
                 loss = diffusion_loss(net, schedule, x0, rng=rng)
@@ -323,13 +320,7 @@ def make_figures(args, model: nn.Module, history: list) -> None:
     common.save_plot(args.out_dir / "loss.png", line, title="DDPM: training loss",
                      xlabel="epoch", ylabel="squared error of the noise")
 
-    timings = common.origin(args) | {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "training_seconds": sum(x["seconds"] for x in history),
-        "training_images_per_second": statistics.median(x["images_per_second"] for x in history),
-        "trained_on": (args.saved if args.sample_only else common.origin(args))["hardware"],
-        "samplers": [],
-    }
+    timings = common.training_report(args, model, history) | {"samplers": []}
     samplers = {("DDPM", args.timesteps): partial(ddpm_sample, net, schedule, rng=rng)}
     for n in sorted({args.ddim_steps, *args.ddim_sweep}, reverse=True):
         samplers["DDIM", n] = partial(ddim_sample, net, schedule, steps=n)
@@ -360,19 +351,14 @@ def draw_path(args, path: list) -> None:
     images = [state[k][digit] for digit in range(4) for k in (1, 2) for state in stills]
     common.save_grid(torch.stack(images), args.out_dir / "samples_path.png", title, columns=10,
                      rows=["x_t", "x̂₀"] * 4, below=[f"t={t}" for t, _, _ in stills])
-    frames = []  # x_t of eight digits, and below it x̂_0; a fourth of the steps, the end for 2 s
-    for _, x_t, x0_hat in [*path[::4], path[-1]]:
-        grid = make_grid(common.to_uint8(torch.cat([x_t[:8], x0_hat[:8]])), nrow=8)
-        frames.append(to_pil_image(grid.repeat_interleave(3, 1).repeat_interleave(3, 2)))
-    times = [120] * (len(frames) - 1) + [2000]  # milliseconds
-    frames[0].save(args.out_dir / "path.gif", append_images=frames[1:], save_all=True, loop=0,
-                   duration=times)
+    film = [torch.cat([x_t[:8], x0_hat[:8]]) for _, x_t, x0_hat in [*path[::4], path[-1]]]
+    common.save_gif(film, args.out_dir / "path.gif", columns=8)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.export:
-        return common.export_weights(args)
+        return common.export_weights(args, "ema")
     try:
         if args.sample_only:
             model, history = make_model(args), args.saved["history"]

@@ -28,9 +28,14 @@ come from timings.json beside them.
     python 05_compare.py --train-judge        train the classifier anew
     python 05_compare.py --fast-dev           all of it in seconds, on what is in runs/fast_dev
 
-RESULT
+The classifier (0.22M weights) learned in 4 minutes on two CPU cores (AMD EPYC with AVX-512, torch
+2.14.1): 99.66% of the test digits. One set of 1,000 takes 1 s there. 1,000 training digits score
+0.155, 10,000 FLOOR; 1,000 digits with Gaussian noise of 0.2 (of a range of 2) NOISE, blurred BLUR, pure noise PURE.
+Recall flatters what is imprecise: samples strewn wide have wide neighbourhoods, which catch more
+digits (0.93 for DDIM-100, 0.83 for training digits); read it beside the precision.
 
-Left out: confidence intervals; the Inception network, which has never seen a digit.
+Left out: confidence intervals (retraining moves a distance by 1-3%); the Inception network of the
+usual FID, which has never seen a digit.
 """
 
 import json
@@ -167,8 +172,8 @@ def train(args) -> tuple[Judge, list]:
     history = common.restore(args, rng, parts) if args.resume else []
     scheduler.base_lrs = [args.lr]  # --lr may be a new one
 
-    progress = common.Progress(args, history, steps_per_epoch)
-    for _ in range(len(history), args.epochs):
+    progress = common.Progress(args, history, steps_per_epoch, args.epochs)
+    for _ in range(progress.done, args.epochs):
         shifts = torch.randint(-2, 3, (steps_per_epoch, 2), generator=rng, device=args.device)
         batches = common.batches(images, labels, args.batch_size, rng)
         for (x, y), shift in zip(batches, shifts.tolist()):
@@ -324,8 +329,8 @@ def curves(rows: list[dict], x: str, y: str) -> dict:
 def draw(args, rows: list[dict], floors: list[dict]) -> None:
     """Quality against network calls, time, training and guidance, each where it was measured."""
     for row in (*rows, *floors):
-        keys = ("method", "sampler", "guidance", "N")
-        row["line"] = ", ".join(f"{row[k]:{COLUMNS[k][1]}}" for k in keys if k in row)
+        keys = [key for key in ("method", "sampler", "guidance") if key in row]
+        row["line"] = " ".join([str(row[key]) for key in keys] + [f"(N = {row['N']:,})"])
     for x, xlabel in (("network_calls", "network calls for an image"),
                       ("seconds", "seconds for 16 images"),
                       ("training_minutes", "minutes of training (in a column: by steps)")):
@@ -335,7 +340,7 @@ def draw(args, rows: list[dict], floors: list[dict]) -> None:
             common.save_plot(args.out_dir / f"quality_{x}.png", lines, xlabel=xlabel, xscale="log",
                              yscale="log", ylabel="Fréchet distance to the test digits",
                              title="How close the samples come to digits (lower is better)")
-    shares = [row | {"share": row[y], "line": f"{y}, {row['N']:,}"}
+    shares = [row | {"share": row[y], "line": f"{y} (N = {row['N']:,})"}
               for y in ("accuracy", "precision", "recall") for row in rows if y in row]
     if lines := curves(shares, "guidance", "share"):
         common.save_plot(args.out_dir / "guidance.png", lines, xlabel="guidance scale",

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import check_integrity
-from torchvision.transforms.functional import to_tensor
+from torchvision.transforms.functional import to_pil_image, to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -61,9 +61,8 @@ class ResBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Every pixel of (B, C, H, W) attends to the L tokens of a context (B, L, c_context). With
-    L = 1 the softmax would be a constant.
-    """
+    """Every pixel of (B, C, H, W) attends to the L tokens of a context (B, L, c_context); with
+    L = 1 the softmax would be a constant."""
     def __init__(self, channels: int, c_context: int):
         super().__init__()
         self.norm = nn.GroupNorm(8, channels)
@@ -79,10 +78,9 @@ class CrossAttention(nn.Module):
         return x + h.mT.unflatten(2, x.shape[2:])
 
 
-class SelfAttention(CrossAttention):
+def SelfAttention(channels: int) -> nn.Module:
     """Every pixel to every pixel. One head trained 10% faster than four on two CPU cores."""
-    def __init__(self, channels: int):
-        super().__init__(channels, channels)
+    return CrossAttention(channels, channels)
 
 
 def Downsample(channels: int) -> nn.Module:
@@ -104,6 +102,8 @@ class EMA:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_([*self.model.parameters()], [*model.parameters()], 1 - decay)
+        for mine, new in zip(self.model.buffers(), model.buffers()):  # those of batch norms
+            mine.copy_(new)
 
 
 def load_digits(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
@@ -112,31 +112,24 @@ def load_digits(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, T
     if args.dataset == "synthetic":
         images, labels = synthetic_digits(n, seed=0 if train else 1)
         return images.to(args.device), labels.to(args.device)
-    raw, names = args.data_dir / "MNIST" / "raw", ", ".join(name for name, _ in MNIST.resources)
-    for name, md5 in MNIST.resources:
-        if (raw / name).exists() and not check_integrity(raw / name, md5):
-            sys.exit(f"{raw / name} is damaged (wrong checksum): delete it and run again")
     try:
         data = MNIST(args.data_dir, train=train, download=True)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        if all((raw / name).exists() for name, _ in MNIST.resources):
-            sys.exit(f"an unpacked file in {raw} is damaged: delete all but *.gz there")
-        sys.exit(f"no MNIST in {raw}, no download ({error}): put {names} there, or take "
-                 "--dataset synthetic")
+        raw = args.data_dir / "MNIST" / "raw"
+        bad = [name for name, md5 in MNIST.resources if not check_integrity(raw / name, md5)]
+        sys.exit(f"{', '.join(bad) or 'an unpacked file'} in {raw} is missing or damaged, and no "
+                 f"download works ({error}): put it right, or take --dataset synthetic")
     return data.data[:n, None].to(args.device) / 127.5 - 1, data.targets[:n].to(args.device)
-
-
-FONTS = ("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Italic", "STIXGeneral",
-         "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10", "cmti10")
 
 
 def synthetic_digits(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Images (n, 1, 28, 28) in [-1, 1] and labels (n,), fixed by the seed: digits like MNIST's,
     20 pixels tall and centred by mass, from ten fonts under random rotation (up to 15°), shear
     (0.2), scale (0.8-1.1), shift (1.5 pixels) and stroke. 10,000 take a second; a classifier
-    trained on MNIST (99.8% of its test digits) labels 97.8% of them right.
-    """
-    glyphs = torch.stack([_glyph(font, digit) for font in FONTS for digit in "0123456789"])
+    trained on MNIST (99.8% of its test digits) labels 97.8% of them right."""
+    fonts = ["DejaVuSans", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Italic", "cmr10",
+             "STIXGeneral", "STIXGeneralItalic", "cmss10", "cmtt10", "cmti10"]
+    glyphs = torch.stack([_glyph(font, digit) for font in fonts for digit in "0123456789"])
     rng = torch.Generator().manual_seed(seed)
     index = torch.randint(len(glyphs), (n,), generator=rng)
     angle, shear, scale, dx, dy, stroke = torch.rand(6, n, generator=rng)
@@ -193,18 +186,15 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add("--sample-only", **flag, help="no training: from the checkpoint in --out-dir or weights/")
     add("--export", **flag, help=f"write the EMA weights to weights/{script}.pt and stop")
     add("--eval-samples", type=int, help="samples a sampler to keep (None: 10,000 on CUDA, or 0)")
-    add("--off", nargs="+", choices=SPEED_UPS, default=[], help="speed-ups not to use"
-        "; amp, compile and graph are for CUDA")
+    add("--off", nargs="+", choices=SPEED_UPS, default=[], help="speed-ups not to use")
     add("--fast-dev", **flag, help="all of it in seconds: every knob tiny, synthetic digits")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dict, shape: list):
-    """Parse and check; --fast-dev only swaps the defaults for those in `fast_dev`.
-
-    With --resume, --sample-only and --export args.saved is the checkpoint, and an option that was
-    not typed is as it was in that run; those in `shape`, which make the network, must not differ.
-    """
+    """Parse and check; --fast-dev only swaps the defaults for those in `fast_dev`. With --resume,
+    --sample-only and --export args.saved is the checkpoint, and an option that was not typed is as
+    it was in that run; those in `shape`, which make the network, must not differ."""
     script = parser.get_default("script")
     if parser.parse_args(argv).fast_dev:
         parser.set_defaults(**fast_dev, dataset="synthetic", out_dir=Path("runs/fast_dev", script))
@@ -241,8 +231,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dic
 
 def for_sampling(model: nn.Module, args: argparse.Namespace):
     """The network as a function (x, t) -> float32. On CUDA it is compiled and captured in a CUDA
-    graph, one launch a step instead of a hundred, whose next replay overwrites what is not cloned.
-    """
+    graph, one launch a step, not a hundred; the next replay overwrites what is not cloned."""
     mode = "reduce-overhead" if "graph" in args.speed else "default"
     net = torch.compile(model, mode=mode) if "compile" in args.speed else model
 
@@ -254,11 +243,10 @@ def for_sampling(model: nn.Module, args: argparse.Namespace):
     return network
 
 
-def time_sampler(sample, x: Tensor) -> tuple[Tensor, dict]:
+def time_sampler(sample, x: Tensor, large_on_cpu: int = 1) -> tuple[Tensor, dict]:
     """sample(x) and its cost: the median of up to five runs after a first that warms up (none is
-    begun after 5 s: on a CPU the first may count), and the images/s of 64 times x, or a CPU's of x.
-    """
-    large = x.repeat(1 if x.device.type == "cpu" else 64, 1, 1, 1)
+    begun after 5 s: on a CPU the first may count), and the images/s of 64 (or so many) times x."""
+    large = x.repeat(large_on_cpu if x.device.type == "cpu" else 64, 1, 1, 1)
     images, seconds = [], {len(x): [], len(large): []}
     for batch in (x, large)[: len(seconds)]:
         taken = seconds[len(batch)]
@@ -267,31 +255,25 @@ def time_sampler(sample, x: Tensor) -> tuple[Tensor, dict]:
             images.append(sample(batch))
             images[-1].sum().item()  # waits for the device
             taken.append(time.perf_counter() - start)
-    first, *rest = seconds[len(x)]
+    (first, *rest), rate = seconds[len(x)], len(large) / statistics.median(taken[1:] or taken)
     return images[0], {"images": len(x), "seconds": statistics.median(rest or [first]),
                        "runs": len(rest) or 1, "first_run_seconds": first,
-                       "large_batch": len(large),
-                       "images_per_second": len(large) / statistics.median(taken[1:] or taken)}
+                       "large_batch": len(large), "images_per_second": rate}
 
 
 class Progress:
-    """Training's bar, with the mean loss of 100 steps and the time left of the whole run. To read
-    a loss makes the device wait: once a second.
-    """
-    def __init__(self, args: argparse.Namespace, history: list, steps_per_epoch: int):
-        self.args, self.history, self.n, self.losses = args, history, steps_per_epoch, []
-        self.bar = tqdm(range(args.epochs * self.n), "training", initial=len(history) * self.n)
+    """A stage's bar, with the mean loss of 100 steps and the stage's time left. `history` holds the
+    epochs of all stages. To read a loss makes the device wait: once a second."""
+    def __init__(self, args, history: list, steps: int, epochs: int, stage: str = "training"):
+        self.args, self.history, self.stage, self.losses = args, history, stage, []
+        self.done = sum(x["stage"] == stage for x in history)  # epochs
+        self.bar = tqdm(range(epochs * steps), stage, initial=self.done * steps)
         self.start = self.last_read = time.perf_counter()
 
     def step(self, loss: Tensor) -> None:
         self.losses.append(loss.detach())
         self.bar.update()
         now = time.perf_counter()
-        if self.args.device == "cpu" and self.bar.n - self.bar.initial == 10:
-            minutes = (now - self.start) / 10 / 60 * self.n  # an epoch, from ten steps
-            if (left := minutes * (self.args.epochs - len(self.history))) > 1:
-                self.bar.write(f"about {left:.0f} minutes of training on this CPU; --epochs 1 "
-                               f"takes {minutes:.0f}, --fast-dev seconds")
         if now - self.last_read > 1:
             self.bar.set_postfix(loss=f"{self.mean(self.losses[-100:]):.4f}")
             self.last_read = now
@@ -299,7 +281,7 @@ class Progress:
     def mean(self, losses: list[Tensor]) -> float:
         if not math.isfinite(mean := torch.stack(losses).mean().item()):
             self.bar.close()
-            sys.exit(f"the loss became {mean} in epoch {len(self.history) + 1}: try a lower --lr "
+            sys.exit(f"the loss became {mean} in epoch {self.done + 1}: try a lower --lr "
                      f"({self.args.checkpoint} is as it was)")
         return mean
 
@@ -307,8 +289,9 @@ class Progress:
         """Add the epoch to the history: one line of metrics.jsonl."""
         loss, seconds = self.mean(self.losses), time.perf_counter() - self.start
         rate = len(self.losses) * self.args.batch_size / seconds
-        self.history.append({"epoch": len(self.history) + 1, "loss": loss, "seconds": seconds,
-                             "images_per_second": rate, "lr": lr})
+        self.done += 1
+        self.history.append({"stage": self.stage, "epoch": self.done, "loss": loss, "lr": lr,
+                             "seconds": seconds, "images_per_second": rate})
         self.losses, self.start = [], time.perf_counter()
 
 
@@ -358,19 +341,28 @@ def restore(args: argparse.Namespace, rng: torch.Generator, parts: dict) -> list
     return args.saved["history"]
 
 
-def export_weights(args: argparse.Namespace, network: str = "ema") -> None:
+def export_weights(args: argparse.Namespace, *networks: str) -> None:
     """Write what sampling needs of args.saved, in half precision, to args.weights."""
-    half = {network: {name: weight.half() for name, weight in args.saved[network].items()}}
+    half = {n: {name: weight.half() for name, weight in args.saved[n].items()} for n in networks}
     leave = ("model", "optimizer", "scheduler", "rng")
     save(args.weights, {k: v for k, v in args.saved.items() if k not in leave} | half)
 
 
-def save_eval(args: argparse.Namespace, name: str, sample, **how) -> None:
+def training_report(args: argparse.Namespace, model: nn.Module, history: list) -> dict:
+    """The head of timings.json: what made it, and what the network's training took."""
+    rates, made = [x["images_per_second"] for x in history], origin(args)
+    return made | {"parameters": sum(p.numel() for p in model.parameters()),
+                   "training_seconds": sum(x["seconds"] for x in history),
+                   "training_images_per_second": statistics.median(rates),
+                   "trained_on": (args.saved if args.sample_only else made)["hardware"]}
+
+
+def save_eval(args: argparse.Namespace, name: str, sample, shape=(1, 28, 28), **how) -> None:
     """args.eval_samples images by sample(x) for 05_compare.py, from noise fixed by the seed."""
     size, images = min(args.eval_samples, 1000 if args.device == "cuda" else 50), []
     rng = torch.Generator().manual_seed(args.seed + 1)
     for _ in tqdm(range(0, args.eval_samples, size), f"{args.eval_samples} images, {name}"):
-        noise = torch.randn(size, 1, 28, 28, generator=rng).to(args.device)
+        noise = torch.randn(size, *shape, generator=rng).to(args.device)
         images.append(to_uint8(sample(noise)))
     how["images"] = torch.cat(images)[: args.eval_samples]
     save(args.out_dir / f"eval_{name}.pt", origin(args) | how)
@@ -390,11 +382,19 @@ def save_grid(images: Tensor, path: Path, title: str, columns: int, rows=(), bel
     figure.savefig(path, bbox_inches="tight")
 
 
-def save_plot(path: Path, lines: dict, **axes_labels) -> None:
+def save_gif(frames: list[Tensor], path: Path, columns: int) -> None:
+    """Batches of images, in [-1, 1] and three times enlarged, as a film; the last one stays 2 s."""
+    grids = [make_grid(to_uint8(images), nrow=columns) for images in frames]
+    film = [to_pil_image(grid.repeat_interleave(3, 1).repeat_interleave(3, 2)) for grid in grids]
+    film[0].save(path, append_images=film[1:], save_all=True, loop=0,
+                 duration=[120] * (len(film) - 1) + [2000])  # milliseconds
+
+
+def save_plot(path: Path, lines: dict, style: str = ".-", **axes_labels) -> None:
     """`lines` maps a label to (x values, y values); the rest is title, xlabel, ylabel, yscale."""
     axes = (figure := Figure(figsize=(6, 4))).subplots()
     for label, (x, y) in lines.items():
-        axes.plot(x, y, marker=".", label=label)
+        axes.plot(x, y, style, label=label)
     axes.set(**axes_labels)
     axes.legend()
     figure.savefig(path, bbox_inches="tight")

@@ -28,6 +28,7 @@ import common
 ROOT = Path(__file__).parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("0[1-4]*.py"))
 ddpm = importlib.import_module("01_ddpm_ddim")
+latent = importlib.import_module("02_latent_diffusion")
 compare = importlib.import_module("05_compare")
 
 
@@ -100,8 +101,11 @@ def test_process_fast_dev_leaves_all_results(script, fast_dev):
         rate = sampler["large_batch"] / sampler["images_per_second"]
         assert rate > 0 and sampler["runs"] >= 1
     lines = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
-    assert lines[-1]["loss"] < lines[0]["loss"] and lines[0]["images_per_second"] > 0
+    for stage in {line["stage"] for line in lines}:
+        losses = [line["loss"] for line in lines if line["stage"] == stage]
+        epochs = [line["epoch"] for line in lines if line["stage"] == stage]
+        assert epochs == list(range(1, len(epochs) + 1))
+        assert losses[-1] < losses[0] and lines[0]["images_per_second"] > 0
     saved = torch.load(results / "checkpoint.pt", weights_only=True)
     assert saved["script"] == script and saved["args"]["dataset"] == "synthetic"
     for path in results.glob("eval_*.pt"):
@@ -136,6 +140,29 @@ def test_process_kill_and_resume_is_bit_identical(tmp_path):
     assert torch.equal(one["rng"], two["rng"])
 
 
+@pytest.mark.parametrize("epochs_done", [1, 3])  # in the first stage, and in the second
+def test_stages_resume_bit_identically(epochs_done, tmp_path, monkeypatch):
+    def copy_too(args, history, rng, parts):
+        save_checkpoint(args, history, rng, parts)
+        shutil.copy(args.checkpoint, tmp_path / f"{len(history)}.pt")
+
+    save_checkpoint = common.save_checkpoint
+    monkeypatch.setattr(common, "save_checkpoint", copy_too)
+    options = ["--fast-dev", "--train-images", "64", "--out-dir", str(tmp_path)]
+    latent.train(latent.parse_args(options))
+    whole = torch.load(tmp_path / "4.pt", weights_only=True)
+    shutil.copy(tmp_path / f"{epochs_done}.pt", tmp_path / "checkpoint.pt")
+    for path in tmp_path.glob("[0-9].pt"):
+        path.unlink()
+    latent.train(latent.parse_args(["--resume", "--out-dir", str(tmp_path)]))
+    done_again = sorted(int(path.stem) for path in tmp_path.glob("[0-9].pt"))
+    assert done_again == list(range(epochs_done + 1, 5))  # and nothing trained twice
+    again = torch.load(tmp_path / "4.pt", weights_only=True)
+    for part in ("vae", "model", "ema"):
+        assert all(torch.equal(whole[part][name], again[part][name]) for name in whole[part])
+    assert [x["stage"] for x in again["history"]] == ["VAE"] * 2 + ["diffusion"] * 2
+
+
 def test_process_ctrl_c_names_the_checkpoint(tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup's children would ignore it
     process = start("01_ddpm_ddim", "--fast-dev", "--epochs", "1000", cwd=tmp_path)
@@ -155,7 +182,7 @@ def test_process_ctrl_c_names_the_checkpoint(tmp_path):
     [
         (["--epochs", "0"], 2, "--epochs 0"),
         (["--resume"], 1, "no checkpoint runs"),
-        (["--dataset", "mnist"], 1, "ubyte.gz there, or take --dataset synthetic"),
+        (["--dataset", "mnist"], 1, "or take --dataset synthetic"),
     ],
 )
 def test_process_bad_input_ends_in_one_line(options, status, message, tmp_path):
@@ -192,6 +219,8 @@ def test_bad_checkpoints_are_refused_and_left_alone(fast_dev, tmp_path, capsys):
     good = fast_dev("01_ddpm_ddim") / "runs/fast_dev/01_ddpm_ddim/checkpoint.pt"
     path, other = tmp_path / "checkpoint.pt", tmp_path / "other.pt"
     torch.save(torch.load(good, weights_only=True) | {"script": "02_latent_diffusion"}, other)
+    with pytest.raises(SystemExit, match="is a checkpoint of 01_ddpm_ddim.py, not of 02_latent"):
+        latent.main(["--resume", "--out-dir", str(good.parent)])
     for content, options, message in [
         (good.read_bytes()[:5000], [], "damaged"),
         (b"not a checkpoint", [], "damaged"),
@@ -230,7 +259,7 @@ def test_damaged_archive_is_named(tmp_path):
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"half of it"))
     args = ddpm.parse_args(["--data-dir", str(tmp_path), "--out-dir", str(tmp_path)])
-    with pytest.raises(SystemExit, match="train-images-idx3-ubyte.gz is damaged"):
+    with pytest.raises(SystemExit, match="train-images-idx3-ubyte.gz, .* missing or damaged"):
         common.load_digits(args)
 
 
@@ -242,7 +271,7 @@ def test_damaged_unpacked_file_is_named(tmp_path):
     common.load_digits(args)
     unpacked = raw / "train-images-idx3-ubyte"
     unpacked.write_bytes(unpacked.read_bytes()[:1_000_000])
-    with pytest.raises(SystemExit, match="unpacked file"):
+    with pytest.raises(SystemExit, match="an unpacked file in .* is missing or damaged"):
         common.load_digits(args)
 
 
@@ -382,6 +411,84 @@ def test_loss_is_the_error_of_the_noise():
     for _ in range(200):
         ddpm.diffusion_loss(lambda x, t: seen.append(t) or x, schedule, x0, rng=rng)
     assert torch.cat(seen).unique().tolist() == list(range(100))  # each t is trained, 0 and 99 too
+
+
+# ----------------------------------------------------------------------------------- the VAE
+
+
+def test_vae_has_the_layout():
+    vae, x = latent.VAE(), torch.rand(5, 1, 28, 28) * 2 - 1
+    shapes = []
+    for layer in [*vae.encoder, *vae.decoder]:
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            layer.register_forward_hook(lambda m, i, out: shapes.append(tuple(out.shape[1:])))
+    mu, logvar = vae.encode(x)
+    assert mu.shape == logvar.shape == (5, 64)
+    image = vae.decode(mu)
+    assert image.shape == x.shape and image.min() >= -1 and image.max() <= 1
+    assert shapes == [(16, 14, 14), (32, 7, 7), (64, 1, 1), (32, 7, 7), (16, 14, 14), (1, 28, 28)]
+    kernels = [layer.kernel_size[0] for layer in [*vae.encoder, *vae.decoder]
+               if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))]
+    assert kernels == [3, 3, 7, 7, 3, 3]
+    assert vae.to_latent(mu, logvar, torch.zeros_like(mu)).shape == (5, 1, 8, 8)
+
+
+def test_kl_is_the_closed_form_and_the_integral():
+    mu, logvar = torch.tensor([[0.7, 0.0, -2.0]]), torch.tensor([[-1.2, 0.0, 0.5]])
+    q = torch.distributions.Normal(mu, (logvar / 2).exp())
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0, 1)).sum()
+    assert latent.kl_divergence(mu, logvar).item() == pytest.approx(expected.item())
+    z = torch.linspace(-12, 12, 100_001, dtype=torch.float64)[:, None]
+    log_p, log_q = torch.distributions.Normal(0, 1).log_prob(z), q.log_prob(z)
+    integral = (log_q.exp() * (log_q - log_p)).sum() * 24 / 100_000
+    assert integral.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert latent.kl_divergence(torch.zeros(2, 64), torch.zeros(2, 64)).tolist() == [0, 0]
+
+
+def test_latents_are_standardised_and_decoded_back():
+    torch.manual_seed(0)
+    vae, mu, logvar = latent.VAE().eval(), torch.randn(4000, 64) * 3 + 5, torch.zeros(4000, 64) - 2
+    vae.mean.copy_(mu.mean(0)), vae.std.copy_((mu.var(0) + logvar.exp().mean(0)).sqrt())
+    noise = torch.randn(4000, 64)
+    x0 = vae.to_latent(mu, logvar, noise)
+    assert x0.mean().abs() < 0.01 and x0.std().item() == pytest.approx(1, abs=0.01)
+    z = mu + torch.exp(torch.tensor(-1.0)) * noise  # σ = exp(log σ² / 2)
+    assert torch.allclose(vae.to_images(x0[:9]), vae.decode(z[:9]), atol=1e-5)
+
+
+def test_vae_learns_and_its_latents_are_measured(tmp_path):
+    """After 200 steps it must be far better than the mean image, which any VAE begins with."""
+    options = ["--fast-dev", "--train-images", "3200", "--epochs", "1", "--out-dir", str(tmp_path)]
+    args = latent.parse_args(options)
+    images, _ = common.load_digits(args)
+    _, vae, _ = latent.train(args)
+    mu, logvar = latent.encode(vae, images)
+    error = (vae.decode(mu[:500]) - images[:500]).square().mean()
+    assert error < 0.5 * (images[:500] - images.mean(0)).square().mean()
+    x0 = vae.to_latent(mu, logvar, torch.randn(mu.shape)).flatten(1)
+    assert x0.mean(0).abs().max() < 0.1 and (x0.std(0) - 1).abs().max() < 0.1
+    saved = torch.load(tmp_path / "vae.pt", weights_only=True)
+    assert torch.equal(saved["vae"]["mean"], vae.mean) and saved["args"]["kl_weight"] > 0
+
+
+def test_the_networks_of_01_and_02_are_one():
+    one, two = ddpm.UNet(8), latent.UNet(8)
+    nn.init.normal_(one.conv_out.weight)
+    two.load_state_dict(one.state_dict())
+    x, t = torch.randn(2, 1, 28, 28), torch.tensor([3, 700])
+    assert torch.equal(one(x, t), two(x, t))
+    assert two(torch.randn(2, 1, 8, 8), t).shape == (2, 1, 8, 8)
+
+
+def test_latent_samplers_are_those_of_01_without_clamping():
+    schedule, model = ddpm.make_schedule(60), gaussian_eps(ddpm.make_schedule(60), 1.7)
+    assert all(torch.equal(a, b) for a, b in zip(schedule, latent.make_schedule(60)))
+    x_T = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    rngs = [torch.Generator().manual_seed(1) for _ in range(2)]
+    one = ddpm.ddpm_sample(model, schedule, x_T, rngs[0], clamp=False)
+    assert torch.allclose(one, latent.ddpm_sample(model, schedule, x_T, rngs[1]), atol=1e-9)
+    one = ddpm.ddim_sample(model, schedule, x_T, 7, clamp=False)
+    assert torch.allclose(one, latent.ddim_sample(model, schedule, x_T, 7), atol=1e-9)
 
 
 # ----------------------------------------------------------------------- the measurements
