@@ -1,4 +1,42 @@
-"""DOC
+"""Latent diffusion on MNIST: a VAE makes images small, and diffusion works on what is left.
+
+Most of what a diffusion network computes concerns pixels that say little. So an autoencoder first
+learns to put an image into 64 numbers and back: a variational one, whose encoder answers with a
+normal distribution, so that near latents decode to like images. It can draw by itself, from pure
+noise, but the latents of digits do not fill the normal distribution, and between them lies what is
+no digit. So the second stage trains the diffusion of 01 on the latents of the training images, laid
+out as 1x8x8: it learns where the digits are. To sample, denoise a latent and decode it once.
+
+    VAE loss = -log p(x|z) + β KL(q(z|x) ‖ N(0, I)),  z = µ + σ ε     Kingma & Welling 2014, Eq. 10
+    x_0      = (z - mean) / std, for each of the 64 dimensions         cf. Rombach et al. 2022
+    x_t, loss and samplers as in 01, with nothing clamped
+
+    paper           code                      shape
+    x               x                         (B, 1, 28, 28) in [-1, 1]
+    µ, log σ²       mu, logvar                (B, 64)
+    x_0, x_t, ε     x0, x_t, noise            (B, 1, 8, 8)
+    t = 1 ... T     t = 0 ... T-1             (B,); t = -1 in the samplers is the clean latent
+
+    python 02_latent_diffusion.py                  both stages, then sample, time, draw
+    python 02_latent_diffusion.py --sample-only    digits from the shipped weights, no training
+    python 02_latent_diffusion.py --fast-dev       all of it in seconds
+
+Measured on two CPU cores (AMD EPYC with AVX-512, torch 2.15.0): VAE (0.22M weights) 20 epochs in 2
+minutes, U-Net (2.56M) 40 epochs in 35; mean squared error of reconstructed test digits 0.0037 of
+pixels from 0 to 1, 2 of 64 dimensions unused. Fréchet distance, 1,000 samples by 05_compare.py:
+DDIM-100 0.49, DDPM 0.40 (01's, in pixels: 0.91, 0.59; training digits 0.155), the VAE alone 11.9.
+DDIM-100, one after the other: 16 images in 0.81 s against 2.62 s for 01's network in pixels, 38.5
+images/s against 7.0 in batches of 128, for 3.7 against 12.3 billion multiply-adds an image. Where
+arithmetic and memory are the limit, the latent wins. Where launches are, as for 16 images on a GPU,
+it cannot, for it makes as many: hence, we think, the report's 5.7 s against 4.4 s in pixels.
+
+Tried, five epochs for each stage at width 32, Fréchet distance of 2,000 samples by DDIM-100: with
+cross-entropy and β = 1, 0.3, 0.05 it was 3.77, 2.17, 1.57 (28%, 2%, 0% of the dimensions unused;
+mean squared error of test digits 0.0112, 0.0076, 0.0056); with the squared error, summed, and β =
+0.3, 0.1, 0.03, 0.01 it was 2.32, 2.04, 1.82, 1.93 (0.0072, 0.0060, 0.0056, 0.0056; 0% unused).
+The less the prior is heeded, the better: the diffusion learns the latents' distribution anyway.
+
+Left out: perceptual and adversarial losses for the decoder, which larger images need (Rombach).
 """
 
 import json
@@ -347,6 +385,7 @@ def draw_vae(args, vae: VAE) -> None:
 # ------------------------------------------------------------------------ figures and timings
 
 
+@torch.no_grad()
 def make_figures(args, model: nn.Module, vae: VAE, history: list) -> None:
     """16 digits from the same noise by every sampler: pictures, timings, and the sets for 05."""
     net, schedule = common.for_sampling(model, args), make_schedule(args.timesteps)
@@ -373,7 +412,7 @@ def make_figures(args, model: nn.Module, vae: VAE, history: list) -> None:
         ("latent diffusion", "DDIM", args.ddim_steps): decoded(ddim_sample, steps=args.ddim_steps),
         ("latent diffusion", "DDPM", args.timesteps): decoded(ddpm_sample, rng=rng),
     }
-    timings = common.training_report(args, model, epochs) | {"samplers": []}
+    timings = common.training_report(args, model, history) | {"samplers": []}
     rows = {}
     for (method, name, n), sample in samplers.items():
         rng.manual_seed(args.seed)
@@ -384,10 +423,10 @@ def make_figures(args, model: nn.Module, vae: VAE, history: list) -> None:
         print(f"{title}; {timing['images_per_second']:.1f} images/s")
         path = args.out_dir / f"samples_{name.lower()}_{n}.png"
         common.save_grid(images, path, title, columns=8)
-        rows[f"{name} {n}"] = images[:10]
+        rows[method if name == "decoder" else f"{name} {n}"] = images[:10]
     timings["cost"] = compare_cost(args, model, vae)
     (args.out_dir / "timings.json").write_text(json.dumps(timings, indent=1))
-    title = "A column decodes one noise: by the VAE alone, after DDIM, after DDPM"
+    title = "A column starts from one noise: decoded at once, after DDIM, after DDPM"
     common.save_grid(torch.cat([*rows.values()]), args.out_dir / "samples_all.png", title,
                      columns=10, rows=[*rows])
     for (method, name, n), sample in samplers.items() if args.eval_samples else ():
@@ -410,9 +449,9 @@ def compare_cost(args, latent_net: nn.Module, vae: VAE) -> dict:
         _, cost[name] = common.time_sampler(sample, x, large_on_cpu=8)
         with FlopCounterMode(display=False) as counter:
             sample(x[:1], model)
-        cost[name]["multiply_adds_an_image"] = counter.get_total_flops() // 2
-        print(f"DDIM-{args.ddim_steps}, {name}: {counter.get_total_flops() / 2e6:,.0f} million "
-              f"multiply-adds an image; 16 in {cost[name]['seconds']:.3f} s; "
+        cost[name]["multiply_adds_an_image"] = work = counter.get_total_flops() // 2
+        print(f"DDIM-{args.ddim_steps}, {name}: {work / 1e6:,.0f} million multiply-adds an image; "
+              f"16 images in {cost[name]['seconds']:.3f} s; {cost[name]['large_batch']} at once: "
               f"{cost[name]['images_per_second']:.1f} images/s")
     return cost
 

@@ -1,8 +1,7 @@
 """Plumbing that the numbered scripts share: U-Net blocks, digits, options, speed, files, pictures.
 
 Schedules, losses, samplers and training loops stand in each script, so that a diff of two of them
-shows the method. Images are (B, 1, 28, 28) in [-1, 1]; B is the batch, C channels, L tokens.
-"""
+shows the method. Images are (B, 1, 28, 28) in [-1, 1]; B is the batch, C channels, L tokens."""
 
 import argparse
 import copy
@@ -350,7 +349,8 @@ def export_weights(args: argparse.Namespace, *networks: str) -> None:
 
 def training_report(args: argparse.Namespace, model: nn.Module, history: list) -> dict:
     """The head of timings.json: what made it, and what the network's training took."""
-    rates, made = [x["images_per_second"] for x in history], origin(args)
+    made, last = origin(args), history[-1].get("stage")
+    rates = [x["images_per_second"] for x in history if x.get("stage") == last]
     return made | {"parameters": sum(p.numel() for p in model.parameters()),
                    "training_seconds": sum(x["seconds"] for x in history),
                    "training_images_per_second": statistics.median(rates),
@@ -396,5 +396,5 @@ def save_plot(path: Path, lines: dict, style: str = ".-", **axes_labels) -> None
     for label, (x, y) in lines.items():
         axes.plot(x, y, style, label=label)
     axes.set(**axes_labels)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the plot, not on its points
     figure.savefig(path, bbox_inches="tight")
