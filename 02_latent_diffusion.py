@@ -376,7 +376,7 @@ def draw_vae(args, vae: VAE) -> None:
                      "Straight walks through the latent, from digit to digit", columns=10)
     axes = torch.linalg.svd(mu - mu.mean(0), full_matrices=False).Vh[:2]
     spots = ((mu - mu.mean(0)) @ axes.T)[:2000].cpu()
-    by_digit = {str(d): spots[labels[:2000].cpu() == d].T for d in range(10)}
+    by_digit = {str(d): spots[labels[:2000].cpu() == d].T.tolist() for d in range(10)}
     common.save_plot(args.out_dir / "latent_map.png", by_digit, style=".", xlabel="first component",
                      title="2,000 test digits in the latent: its two principal components",
                      ylabel="second component")

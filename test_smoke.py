@@ -430,6 +430,9 @@ def test_vae_has_the_layout():
     kernels = [layer.kernel_size[0] for layer in [*vae.encoder, *vae.decoder]
                if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))]
     assert kernels == [3, 3, 7, 7, 3, 3]
+    weights = 160 + 4640 + 100_416 + 3 * 4160 + 100_384 + 4624 + 145  # layers with their biases
+    norms = 2 * (16 + 32 + 64 + 32 + 16)
+    assert sum(p.numel() for p in vae.parameters()) == weights + norms
     assert vae.to_latent(mu, logvar, torch.zeros_like(mu)).shape == (5, 1, 8, 8)
 
 
@@ -466,7 +469,7 @@ def test_vae_learns_and_its_latents_are_measured(tmp_path):
     mu, logvar = latent.encode(vae, images)
     error = (vae.decode(mu[:500]) - images[:500]).square().mean()
     baseline = (images[:500] - images.mean(0)).square().mean()
-    assert error < 0.5 * baseline, (error, baseline)
+    assert error < 0.3 * baseline, (error, baseline)  # 0.18 of it, with this seed
     x0 = vae.to_latent(mu, logvar, torch.randn(mu.shape)).flatten(1)
     assert x0.mean(0).abs().max() < 0.1 and (x0.std(0) - 1).abs().max() < 0.1
     saved = torch.load(tmp_path / "vae.pt", weights_only=True)
