@@ -140,14 +140,20 @@ def test_process_kill_and_resume_is_bit_identical(tmp_path):
     assert torch.equal(one["rng"], two["rng"])
 
 
-@pytest.mark.parametrize("epochs_done", [1, 3])  # in the first stage, and in the second
-def test_stages_resume_bit_identically(epochs_done, tmp_path, monkeypatch):
+@pytest.fixture
+def every_checkpoint(tmp_path, monkeypatch):
+    """Keeps the checkpoint after n epochs as n.pt."""
+    save_checkpoint = common.save_checkpoint
+
     def copy_too(args, history, rng, parts):
         save_checkpoint(args, history, rng, parts)
         shutil.copy(args.checkpoint, tmp_path / f"{len(history)}.pt")
 
-    save_checkpoint = common.save_checkpoint
     monkeypatch.setattr(common, "save_checkpoint", copy_too)
+
+
+@pytest.mark.parametrize("epochs_done", [1, 3])  # in the first stage, and in the second
+def test_stages_resume_bit_identically(epochs_done, tmp_path, every_checkpoint):
     options = ["--fast-dev", "--train-images", "64", "--out-dir", str(tmp_path)]
     latent.train(latent.parse_args(options))
     whole = torch.load(tmp_path / "4.pt", weights_only=True)
@@ -675,13 +681,7 @@ def test_what_is_not_an_evaluation_set_is_refused(content, tmp_path):
         compare.load_set(tmp_path, 100)  # a folder without PNGs
 
 
-def test_the_classifiers_training_resumes_bit_identically(tmp_path, monkeypatch):
-    def copy_too(args, history, rng, parts):
-        save_checkpoint(args, history, rng, parts)
-        shutil.copy(args.checkpoint, tmp_path / f"{len(history)}.pt")
-
-    save_checkpoint = common.save_checkpoint
-    monkeypatch.setattr(common, "save_checkpoint", copy_too)
+def test_the_classifiers_training_resumes_bit_identically(tmp_path, every_checkpoint):
     options = ["--fast-dev", "--train-images", "128", "--out-dir", str(tmp_path)]
     compare.train(compare.parse_args(options))
     shutil.move(tmp_path / "1.pt", tmp_path / "checkpoint.pt")
