@@ -374,7 +374,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def save_grid(images: Tensor, path: Path, title: str, columns: int, rows=(), below=()) -> None:
     """(N, 1, 28, 28) in [-1, 1] as a PNG, `columns` in a row, with names for rows and columns."""
-    grid = make_grid(to_uint8(images), nrow=columns)[0]
+    grid = make_grid(to_uint8(images), nrow=columns)[0].numpy()
     axes = (figure := Figure(figsize=[side / 50 + 0.8 for side in grid.T.shape])).subplots()
     axes.imshow(grid, cmap="gray", vmin=0, vmax=255)
     ticks = [[17 + 30 * i for i in range(len(names))] for names in (below, rows)]
