@@ -73,6 +73,8 @@ def parse_args(argv: list[str] | None = None):
     tiny = {"epochs": 2, "vae_epochs": 2, "batch_size": 32, "train_images": 256, "width": 8,
             "timesteps": 20, "ddim_steps": 10, "eval_samples": 20}
     args = common.parse(parser, argv, fast_dev=tiny, shape=["width", "blocks", "timesteps"])
+    if (args.sample_only or args.export) and "vae" not in args.saved:
+        sys.exit(f"{args.checkpoint} ends in the VAE's stage: go on with --resume")
     if args.width % 8:
         parser.error(f"--width {args.width}: must be a multiple of 8, for the group norms")
     if args.timesteps < 2:
@@ -263,7 +265,7 @@ def ddim_sample(
     """
     x = x_T
     alpha_bars = [*schedule.alpha_bars.tolist(), 1.0]  # ᾱ_{-1} = 1, the clean latent
-    for t, s in tqdm(ddim_pairs(len(schedule.betas), steps), "DDIM", leave=False, delay=2):
+    for t, s in tqdm(ddim_pairs(len(schedule.betas), steps), "denoise", leave=False, delay=2):
         ab, ab_s = alpha_bars[t], alpha_bars[s]
         eps = model(x, torch.full((len(x),), t, device=x.device))
         x0_hat = (x - (1 - ab) ** 0.5 * eps) / ab**0.5

@@ -56,8 +56,7 @@ import common
 
 
 def parse_args(argv: list[str] | None = None):
-    summary = "Measure and compare samples."
-    parser = common.make_parser(__file__, summary, epochs=5, batch_size=128, lr=3e-3)
+    parser = common.make_parser(__file__, "Measure samples.", epochs=5, batch_size=128, lr=3e-3)
     parser.usage = "%(prog)s [FILE ...] [options]"
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="score only these: a .pt, or a folder of PNGs")
@@ -68,8 +67,9 @@ def parse_args(argv: list[str] | None = None):
     tiny = {"sample_only": False, "epochs": 2, "batch_size": 32, "train_images": 512,
             "runs": Path("runs/fast_dev")}
     args = common.parse(parser, argv, fast_dev=tiny, shape=[])
-    if args.resume and args.sample_only:
-        parser.error("--resume goes on with --train-judge: name both")
+    args.sample_only &= not args.resume  # --resume goes on training the classifier
+    if args.eval_samples < 5:
+        parser.error(f"--eval-samples {args.eval_samples}: a set needs at least 5")
     return args
 
 
@@ -234,7 +234,7 @@ def timing(samples: dict, path: Path) -> dict:
 
 def add_notes(rows: list[dict], args) -> None:
     """Why a row must not be mixed with the others: other knobs, other digits, another machine."""
-    usual = statistics.mode([row["hardware"] for row in rows if "args" in row] or [""])
+    usual = statistics.mode([row.get("hardware") for row in rows if "args" in row] or [""])
     for row in rows:
         made = row.get("args", {})
         notes = {f"fast_dev {made.get('fast_dev')}": made.get("fast_dev") != args.fast_dev,

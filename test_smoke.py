@@ -169,6 +169,15 @@ def test_stages_resume_bit_identically(epochs_done, tmp_path, every_checkpoint):
     assert [x["stage"] for x in again["history"]] == ["VAE"] * 2 + ["diffusion"] * 2
 
 
+@pytest.mark.parametrize("option", ["--sample-only", "--export"])
+def test_a_checkpoint_of_the_first_stage_cannot_be_sampled(option, tmp_path, every_checkpoint):
+    options = ["--fast-dev", "--train-images", "64", "--out-dir", str(tmp_path)]
+    latent.train(latent.parse_args(options))
+    shutil.copy(tmp_path / "2.pt", tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="ends in the VAE's stage: go on with --resume"):
+        latent.main([option, "--out-dir", str(tmp_path)])
+
+
 def test_process_ctrl_c_names_the_checkpoint(tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup's children would ignore it
     process = start("01_ddpm_ddim", "--fast-dev", "--epochs", "1000", cwd=tmp_path)
@@ -245,7 +254,7 @@ def test_process_nan_stops_and_leaves_the_checkpoint(fast_dev, tmp_path):
     shutil.copy(fast_dev("01_ddpm_ddim") / "runs/fast_dev/01_ddpm_ddim/checkpoint.pt", path)
     before = path.read_bytes()
     options = ["--resume", "--out-dir", str(tmp_path), "--epochs", "9", "--lr", "1e30"]
-    assert "try a lower --lr" in run("01_ddpm_ddim", *options, cwd=tmp_path, status=1)
+    assert "try a lower learning rate" in run("01_ddpm_ddim", *options, cwd=tmp_path, status=1)
     assert path.read_bytes() == before
 
 
@@ -651,6 +660,12 @@ def test_process_compare_reports_on_the_runs_there_are(fast_dev, tmp_path):
     assert not list((tmp_path / "runs" / "05_compare").glob("*.png"))
 
 
+def test_compare_needs_five_images(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare.parse_args(["--eval-samples", "4", "--out-dir", str(tmp_path)])
+    assert "--eval-samples 4: a set needs at least 5" in capsys.readouterr().err
+
+
 def test_process_compare_scores_a_set_and_a_folder_of_pngs_alike(tmp_path):
     images = common.to_uint8(common.synthetic_digits(30, seed=3)[0])
     torch.save({"images": images}, tmp_path / "set.pt")
@@ -686,7 +701,7 @@ def test_the_classifiers_training_resumes_bit_identically(tmp_path, every_checkp
     compare.train(compare.parse_args(options))
     shutil.move(tmp_path / "1.pt", tmp_path / "checkpoint.pt")
     (whole := tmp_path / "whole.pt").write_bytes((tmp_path / "2.pt").read_bytes())
-    compare.train(compare.parse_args(["--train-judge", "--resume", *options[-2:]]))
+    compare.train(compare.parse_args(["--resume", *options[-2:]]))
     one, two = (torch.load(path, weights_only=True)["model"] for path in (whole, tmp_path / "2.pt"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
