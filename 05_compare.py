@@ -20,8 +20,7 @@ perfect sampler would get: the floor.
 A finite set scores too high, the more so the fewer images it has, so sets are compared at equal N
 only, and the floor stands beside them at the same N. Sets are read from runs/*/eval_*.pt, as the
 other scripts write them with --eval-samples: a dict of `images`, uint8 (N, 1, 28, 28); where they
-have them `labels` (N,); `method`, `sampler`, `steps`, `guidance` and what made them. Their times
-come from timings.json beside them.
+have them `labels` (N,); `method`, `sampler`, `steps`, `guidance`. Times come from timings.json.
 
     python 05_compare.py                      all that is in runs/: tables, plots, verdicts
     python 05_compare.py FILE.pt FOLDER       score these sets: a .pt, or a folder of PNGs
@@ -343,7 +342,7 @@ def draw(args, rows: list[dict], floors: list[dict]) -> None:
             common.save_plot(args.out_dir / f"quality_{x}.png", lines, xlabel=xlabel, xscale="log",
                              yscale="log", ylabel="Fréchet distance to the test digits",
                              title="How close the samples come to digits (lower is better)")
-    shares = [row | {"share": row[y], "line": f"{y} (N = {row['N']:,})"}
+    shares = [row | {"share": row[y], "line": f"{y}, {row['sampler']} (N = {row['N']:,})"}
               for y in ("accuracy", "precision", "recall") for row in rows if y in row]
     if lines := curves(shares, "guidance", "share"):
         common.save_plot(args.out_dir / "guidance.png", lines, xlabel="guidance scale",
@@ -366,7 +365,8 @@ def report(args, judge: Judge) -> None:
         digits = {"images": common.to_uint8(images[:n]), "labels": labels[:n].cpu()}
         floors.append({"method": "training digits"} | score(judge, real, digits))
     add_notes(rows, args)
-    rows.sort(key=lambda row: (row["note"], row["method"], row["sampler"], row["steps"] or 0))
+    order = lambda row: (row["method"], row["sampler"], row["steps"] or 0, row.get("guidance", 0))
+    rows.sort(key=lambda row: (row["note"], *order(row)))
     text = (f"Against {len(real):,} test digits of {args.dataset}, of which the classifier gets "
             f"{accuracy:.2%} right:\n\n{score_table([*rows, *floors])}")
     if not args.files:

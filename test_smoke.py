@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("0[1-4]*.py"))
 ddpm = importlib.import_module("01_ddpm_ddim")
 latent = importlib.import_module("02_latent_diffusion")
+cfg = importlib.import_module("03_cfg")
 compare = importlib.import_module("05_compare")
 
 
@@ -260,10 +262,10 @@ def test_process_nan_stops_and_leaves_the_checkpoint(fast_dev, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_process_shipped_weights_draw_without_data(script, tmp_path):
-    process = start(script, "--sample-only", "--ddim-steps", "10", cwd=tmp_path)
-    picture = tmp_path / "runs" / script / "samples_ddim_10.png"
+    process = start(script, "--sample-only", cwd=tmp_path)
+    results = tmp_path / "runs" / script
     try:
-        wait_for(picture.exists, process, seconds=60)
+        wait_for(lambda: [*results.glob("samples_*.png")], process, seconds=120)
     finally:
         process.kill()
     assert f"weights/{script}.pt" in process.communicate()[0]
@@ -511,6 +513,141 @@ def test_latent_samplers_are_those_of_01_without_clamping():
     assert torch.allclose(one, latent.ddim_sample(model, schedule, x_T, 7), atol=1e-9)
 
 
+# ------------------------------------------------------------------------------ the guidance
+
+
+def spy_on_labels(seen: list):
+    """A network whose noise is x + 10 t + the label; it keeps the labels of each call."""
+
+    def model(x, t, labels):
+        seen.append(labels)
+        return x + (10 * t + labels).view(-1, 1, 1, 1)
+
+    return model
+
+
+@pytest.mark.parametrize(("scale", "shift"), [
+    (0, [10, 10, 10]),  # the null class alone
+    (1, [3, 0, 9]),
+    (2.5, [-7.5, -15, 7.5]),  # 10 + 2.5 (3 - 10), 10 + 2.5 (0 - 10), 10 + 2.5 (9 - 10)
+])
+def test_guidance_by_hand(scale, shift):
+    seen, labels = [], torch.tensor([3, 0, 9])
+    x, t = torch.randn(3, 1, 2, 2), torch.tensor([5, 7, 7])
+    eps = cfg.guided(spy_on_labels(seen), labels, scale)(x, t)
+    expected = x + (torch.tensor([50, 70, 70]) + torch.tensor(shift)).view(-1, 1, 1, 1)
+    assert torch.allclose(eps, expected, atol=1e-5)
+    assert len(seen) == 1  # one call, on a doubled batch where both answers are needed
+    assert len(seen[0]) == (3 if scale in (0, 1) else 6)
+
+
+@pytest.mark.parametrize("label", [-1, 10, 11])
+def test_labels_that_are_no_digits_are_refused(label):
+    with pytest.raises(ValueError, match="labels are the digits 0 to 9, not"):
+        cfg.guided(None, torch.tensor([3, label]), 2.0)
+
+
+def test_a_dropped_label_does_not_matter_and_others_do():
+    schedule, x0 = cfg.make_schedule(100), torch.rand(64, 1, 4, 4) * 2 - 1
+    labels, seen = torch.arange(64) % 10, []
+    model = spy_on_labels(seen)
+
+    def loss(labels):
+        rng = torch.Generator().manual_seed(0)
+        return cfg.diffusion_loss(model, schedule, x0, labels, 0.3, rng=rng).item()
+
+    before = loss(labels)
+    dropped = seen[0] == cfg.NULL
+    assert 5 < dropped.sum() < 35  # some samples of the batch, not all or none
+    assert torch.equal(seen[0][~dropped], labels[~dropped])
+    for i in range(64):
+        changed = labels.clone()
+        changed[i] = (labels[i] + 1) % 10
+        assert (loss(changed) == before) == dropped[i]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
+def test_labels_are_dropped_at_the_stated_rate(rate):
+    seen, rng, x0 = [], torch.Generator().manual_seed(0), torch.zeros(50, 1, 1, 1)
+    for _ in range(200):
+        labels = torch.randint(10, (50,), generator=rng)
+        cfg.diffusion_loss(spy_on_labels(seen), cfg.make_schedule(10), x0, labels, rate, rng=rng)
+    dropped = (torch.stack(seen) == cfg.NULL).double()
+    assert dropped.mean().item() == pytest.approx(rate, abs=0.015)  # 10,000 draws: 5 sigma at 0.1
+    spread = dropped.sum(1).var().item()  # of a batch's number: binomial, as each is drawn alone
+    assert spread == pytest.approx(50 * rate * (1 - rate), rel=0.4)
+
+
+@pytest.mark.parametrize("path", ["label_channels", "label_tokens"])
+def test_the_class_enters_by_each_path_alone(path):
+    torch.manual_seed(0)
+    model, x = cfg.UNet(width=8), torch.randn(1, 1, 28, 28).expand(11, -1, -1, -1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        other = model.label_tokens if path == "label_channels" else model.label_channels
+        other.weight.zero_()
+        eps = model(x, torch.full((11,), 500), torch.arange(11)).flatten(1)
+        assert torch.pdist(eps).min() > 1e-2  # ten classes and the null class: all different
+        getattr(model, path).weight.zero_()
+        eps = model(x, torch.full((11,), 500), torch.arange(11)).flatten(1)
+        assert torch.pdist(eps).max() < 1e-4  # and by no other
+
+
+def test_one_token_would_make_the_attention_blind():
+    """The reason for several tokens a class: with one, no pixel asks anything of its own."""
+    def answers(tokens):
+        torch.manual_seed(0)
+        model = cfg.UNet(width=8, tokens=tokens)
+        nn.init.normal_(model.cross_attention.out.weight)
+        x = torch.randn(1, 16, 7, 7)
+        context = model.label_tokens(torch.tensor([3])).unflatten(1, (-1, 32))
+        assert context.shape == (1, tokens, 32)
+        return (model.cross_attention(x, context) - x).flatten(2).var(2).max().item()
+
+    assert answers(1) < 1e-10 and answers(4) > 1e-3
+
+
+def test_the_samplers_of_03_are_those_of_01():
+    schedule, model = ddpm.make_schedule(60), gaussian_eps(ddpm.make_schedule(60), 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(schedule, cfg.make_schedule(60)))
+    x_T = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    for theirs, ours in ((partial(ddpm.ddpm_sample), cfg.ddpm_sample),
+                         (partial(ddpm.ddim_sample, steps=7, eta=0.5),
+                          partial(cfg.ddim_sample, steps=7, eta=0.5)),
+                         (partial(ddpm.ddim_sample, steps=7, eta=1.0),
+                          partial(cfg.ddpm_sample, steps=7))):
+        one, two = (f(model, schedule, x_T, rng=torch.Generator().manual_seed(1))
+                    for f in (theirs, ours))
+        assert torch.allclose(one, two, atol=1e-9)
+
+
+def test_process_digits_are_drawn_from_the_shipped_weights(tmp_path):
+    options = ["--digits", "271828", "--ddim-steps", "5"]
+    assert "weights/03_cfg.pt" in run("03_cfg", *options, cwd=tmp_path)
+    results = tmp_path / "runs" / "03_cfg"
+    assert [path.name for path in results.iterdir()] == ["digits_271828.png"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--digits", "31x4"], "only the digits 0 to 9"),
+    (["--digits", ""], "only the digits 0 to 9"),
+    (["--digits", "²"], "only the digits 0 to 9"),
+    (["--guidance", "-1"], "--guidance -1.0: out of range"),
+    (["--guidance-sweep", "1", "-2"], "no scale of --guidance-sweep below 0"),
+    (["--guidance-sweep", "nan"], "no scale of --guidance-sweep below 0"),
+    (["--label-dropout", "1.5"], "--label-dropout is at most 1"),
+    (["--ddim-steps", "1001"], "not 1001"),
+    (["--tokens", "0"], "--tokens 0"),
+])
+def test_bad_options_of_03_are_usage_errors(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        cfg.main(options)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 # ----------------------------------------------------------------------- the measurements
 
 
@@ -726,16 +863,19 @@ def test_fresh_unet_outputs_zeros():
     assert unet()(torch.randn(2, 1, 28, 28), torch.tensor([0, 999])).abs().max() == 0
 
 
-def test_every_weight_of_the_unet_matters():
-    model = unet(blocks=2)
+@pytest.mark.parametrize("module", [ddpm, cfg])
+def test_every_weight_of_the_unet_matters(module):
+    torch.manual_seed(0)
+    model = module.UNet(width=8, blocks=2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    x, t = torch.randn(4, 1, 28, 28), torch.tensor([1, 10, 100, 900])
-    model(x, t).square().sum().backward()
+    x, t = torch.randn(11, 1, 28, 28), torch.tensor([1, 10, 100, 900, *range(500, 507)])
+    labels = [torch.arange(11)] if module is cfg else []
+    model(x, t, *labels).square().sum().backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not dead
-    assert not torch.allclose(model(x, t), model(x, t + 1), atol=1e-4)
+    assert not torch.allclose(model(x, t, *labels), model(x, t + 1, *labels), atol=1e-4)
     assert not [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
