@@ -7,7 +7,9 @@
 import argparse
 import gzip
 import importlib
+import inspect
 import json
+import math
 import os
 import shutil
 import signal
@@ -31,6 +33,8 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("0[1-4]*.py"))
 ddpm = importlib.import_module("01_ddpm_ddim")
 latent = importlib.import_module("02_latent_diffusion")
 cfg = importlib.import_module("03_cfg")
+flow = importlib.import_module("04_rectified_flow")
+latent_flow = importlib.import_module("04b_latent_rflow")
 compare = importlib.import_module("05_compare")
 
 
@@ -154,21 +158,28 @@ def every_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "save_checkpoint", copy_too)
 
 
-@pytest.mark.parametrize("epochs_done", [1, 3])  # in the first stage, and in the second
-def test_stages_resume_bit_identically(epochs_done, tmp_path, every_checkpoint):
+@pytest.mark.parametrize(("module", "epochs_done"), [
+    (latent, 1), (latent, 3), (flow, 1), (flow, 2), (flow, 3), (latent_flow, 2), (latent_flow, 4)
+])
+def test_stages_resume_bit_identically(module, epochs_done, tmp_path, every_checkpoint):
+    """Killed after any epoch, and so in, or between, any stages."""
     options = ["--fast-dev", "--train-images", "64", "--out-dir", str(tmp_path)]
-    latent.train(latent.parse_args(options))
-    whole = torch.load(tmp_path / "4.pt", weights_only=True)
+    options += [] if module is latent else ["--pairs", "64", "--real-pairs", "32"]
+    module.train(module.parse_args(options))
+    last = max(int(path.stem) for path in tmp_path.glob("[0-9].pt"))
+    whole = torch.load(tmp_path / f"{last}.pt", weights_only=True)
+    stages = [x["stage"] for x in whole["history"]]
+    assert len(stages) == last == 2 * len(set(stages))  # two epochs each
     shutil.copy(tmp_path / f"{epochs_done}.pt", tmp_path / "checkpoint.pt")
     for path in tmp_path.glob("[0-9].pt"):
         path.unlink()
-    latent.train(latent.parse_args(["--resume", "--out-dir", str(tmp_path)]))
+    module.train(module.parse_args(["--resume", "--out-dir", str(tmp_path)]))
     done_again = sorted(int(path.stem) for path in tmp_path.glob("[0-9].pt"))
-    assert done_again == list(range(epochs_done + 1, 5))  # and nothing trained twice
-    again = torch.load(tmp_path / "4.pt", weights_only=True)
-    for part in ("vae", "model", "ema"):
+    assert done_again == list(range(epochs_done + 1, last + 1))  # and nothing trained twice
+    again = torch.load(tmp_path / f"{last}.pt", weights_only=True)
+    for part in {"vae", "flow", "model", "ema"} & whole.keys():
         assert all(torch.equal(whole[part][name], again[part][name]) for name in whole[part])
-    assert [x["stage"] for x in again["history"]] == ["VAE"] * 2 + ["diffusion"] * 2
+    assert [x["stage"] for x in again["history"]] == stages
 
 
 @pytest.mark.parametrize("option", ["--sample-only", "--export"])
@@ -260,7 +271,7 @@ def test_process_nan_stops_and_leaves_the_checkpoint(fast_dev, tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if (ROOT / f"weights/{s}.pt").exists()])
 def test_process_shipped_weights_draw_without_data(script, tmp_path):
     process = start(script, "--sample-only", cwd=tmp_path)
     results = tmp_path / "runs" / script
@@ -646,6 +657,172 @@ def test_bad_options_of_03_are_usage_errors(options, message, tmp_path, monkeypa
         cfg.main(options)
     assert error.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# -------------------------------------------------------------------------------- the flows
+
+
+def decay(k):
+    """dx/dt = -k x, which ends in x(1) = x(0) exp(-k)."""
+    return lambda x, t: -k * x
+
+
+def two_points(x, t):
+    """The exact flow from N(0, I) to ±(1, ..., 1): v = (E[x_1 | x_t] - x_t) / (1 - t)."""
+    t = t.view(-1, *[1] * (x.dim() - 1))
+    mean = torch.tanh(t * x.flatten(1).sum(1).view_as(t) / (1 - t) ** 2)
+    return (mean - x) / (1 - t)
+
+
+def test_constant_velocity_is_straight_and_one_step_exact():
+    x0 = torch.randn(4, 1, 3, 3, dtype=torch.float64)
+    v = torch.randn(4, 1, 3, 3, dtype=torch.float64)
+    for steps in (1, 2, 7):
+        assert torch.allclose(flow.euler_sample(lambda x, t: v, x0, steps), x0 + v)
+        assert flow.straightness(lambda x, t: v, x0, steps) == pytest.approx(0, abs=1e-20)
+
+
+@pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_error_falls_with_the_step_as_the_method_must(heun, order, backwards):
+    x0, k = torch.ones(1, 1, dtype=torch.float64), 1.5
+    exact = math.exp(k if backwards else -k)
+    errors = [abs(flow.euler_sample(decay(k), x0, n, backwards, heun).item() - exact)
+              for n in (50, 100, 200)]
+    assert errors[-1] / exact < (0.006 if order == 1 else 2e-5)
+    for coarse, fine in pairwise(errors):
+        assert coarse / fine == pytest.approx(2**order, rel=0.05)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_euler_calls_the_network_at_the_start_of_each_step(backwards):
+    times, seen = [], []
+    model = lambda x, t: times.append(t[0].item()) or torch.ones_like(x)
+    flow.euler_sample(model, torch.zeros(1, 1), 4, backwards, trace=lambda *s: seen.append(s))
+    assert times == ([1, 0.75, 0.5, 0.25] if backwards else [0, 0.25, 0.5, 0.75])
+    assert [s[0] for s in seen] == times
+    assert [s[1].item() for s in seen] == ([0, -0.25, -0.5, -0.75] if backwards
+                                           else [0, 0.25, 0.5, 0.75])
+
+
+def test_straightness_by_hand():
+    """v = a t is straight in space but not in time: S = a² times the variance of k/N."""
+    x0, a, n = torch.zeros(2, 1, 2, 2, dtype=torch.float64), 3.0, 10
+    model = lambda x, t: a * t.view(-1, 1, 1, 1).double().expand_as(x)
+    assert flow.straightness(model, x0, n) == pytest.approx(a**2 * (n**2 - 1) / (12 * n**2))
+
+
+def test_flow_loss_has_noise_at_0_and_data_at_1():
+    x0, x1, seen = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), []
+    spy = lambda x, t: seen.append(x) or torch.zeros_like(x)
+    loss = flow.flow_loss(spy, x0, x1, torch.tensor([0.0, 1.0, 0.25]))
+    assert torch.equal(seen[0][0], x0[0]) and torch.equal(seen[0][1], x1[1])
+    assert torch.allclose(seen[0][2], 0.75 * x0[2] + 0.25 * x1[2])
+    assert loss.item() == pytest.approx((x1 - x0).square().mean().item())
+    assert flow.flow_loss(lambda x, t: x1 - x0, x0, x1, torch.rand(3)).item() == 0
+
+
+def test_the_loss_is_least_for_the_exact_flow():
+    rng = torch.Generator().manual_seed(0)
+    x0 = torch.randn(4000, 2, generator=rng)
+    x1 = (torch.randint(2, (4000, 1), generator=rng) * 2.0 - 1).expand(-1, 2)
+    t = 0.9 * torch.rand(4000, generator=rng)
+    best = flow.flow_loss(two_points, x0, x1, t)
+    for wrong in (lambda x, t: -two_points(x, t), lambda x, t: two_points(x, 0.9 - t),
+                  lambda x, t: 1.1 * two_points(x, t)):
+        assert flow.flow_loss(wrong, x0, x1, t) > 1.005 * best
+
+
+def test_a_trained_flow_lands_on_the_data():
+    """A few hundred steps on two points: from noise at t = 0 one must arrive there at t = 1."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+    model = lambda x, t: net(torch.cat([x, t.view(-1, 1)], dim=1))
+    points = torch.tensor([[2.0, -1.0], [0.0, 3.0]])
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(400):
+        x1 = points[torch.randint(2, (256,))]
+        loss = flow.flow_loss(model, torch.randn(256, 2), x1, torch.rand(256))
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    ends = flow.euler_sample(model, torch.randn(500, 2), 100)
+    nearest = torch.cdist(ends, points).min(1)
+    assert nearest.values.median() < 0.15
+    assert 150 < nearest.indices.sum() < 350  # both, about equally often
+
+
+@pytest.mark.parametrize(("name", "integral"), [
+    ("uniform", lambda t: t),
+    ("logit-normal", lambda t: torch.special.ndtr(torch.logit(t))),
+    ("u-shaped", lambda t: 0.5 + torch.sinh(4 * (2 * t - 1)) / (2 * math.sinh(4))),
+])
+def test_t_follows_its_density(name, integral):
+    u = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    t = flow.T_DENSITIES[name](u)
+    assert torch.allclose(integral(t), u, atol=1e-9)  # the inverse of the density's integral
+    if name == "u-shaped":  # and the integral is that of cosh: by finite differences
+        density = (integral(t + 1e-5) - integral(t - 1e-5)) / 2e-5
+        assert torch.allclose(density, 4 / math.sinh(4) * torch.cosh(4 * (2 * t - 1)), rtol=1e-4)
+        assert ((t < 0.1) | (t > 0.9)).double().mean() > 0.5
+    ends = flow.T_DENSITIES[name](torch.tensor([0.0, 1.0]))
+    assert ends.tolist() == pytest.approx([0, 1], abs=1e-6)
+
+
+def test_pairs_reproduce_and_are_joined_by_the_flow():
+    make = lambda seed, images=None: flow.make_pairs(
+        decay(0.7), 150, 20, torch.Generator().manual_seed(seed), images=images)
+    x0, x1 = make(3)
+    assert x0.shape == x1.shape == (150, 1, 28, 28)
+    assert all(torch.equal(a, b) for a, b in zip((x0, x1), make(3)))
+    assert not torch.equal(x0, make(4)[0])
+    assert x0.std().item() == pytest.approx(1, abs=0.01)  # the noise is x0, and not x1
+    assert torch.allclose(x1, x0 * math.exp(-0.7), atol=1e-3)
+    images = torch.rand(150, 1, 28, 28)
+    x0, x1 = make(3, images)
+    assert torch.equal(x1, images) and torch.allclose(x0, images * math.exp(0.7), atol=1e-3)
+
+
+def test_a_kill_among_the_pairs_loses_one_chunk(tmp_path, monkeypatch):
+    options = ["--fast-dev", "--pairs", "2100", "--real-pairs", "1200", "--train-images", "1200",
+               "--pair-steps", "1", "--out-dir", str(tmp_path)]
+    args, images = flow.parse_args(options), torch.rand(1200, 1, 28, 28)
+    whole = flow.load_pairs(args, decay(0.5), images)
+    assert [len(end) for end in whole] == [3300, 3300]
+    files = sorted(path.name for path in (tmp_path / "pairs").iterdir())
+    assert files == ["image_0.pt", "image_1000.pt", "noise_0.pt", "noise_1000.pt", "noise_2000.pt"]
+    assert torch.equal(whole[1][2100:], images.half())  # real images are the ends, in order
+    (tmp_path / "pairs" / "noise_1000.pt").unlink()
+    made, make_pairs = [], flow.make_pairs
+    spy = lambda model, n, *rest: made.append(n) or make_pairs(model, n, *rest)
+    monkeypatch.setattr(flow, "make_pairs", spy)
+    again = flow.load_pairs(args, decay(0.5), images)
+    assert made == [1000] and all(torch.equal(a, b) for a, b in zip(whole, again))
+
+
+def test_the_vae_of_04b_is_that_of_02():
+    for name in ("VAE", "vae_loss", "kl_divergence", "encode"):
+        one, two = (inspect.getsource(getattr(module, name)) for module in (latent, latent_flow))
+        assert one == two
+
+
+@pytest.mark.parametrize("name", ["flow_loss", "euler_sample", "straightness", "fit", "load_pairs"])
+def test_the_flow_of_04b_is_that_of_04(name):
+    one, two = (inspect.getsource(getattr(module, name)) for module in (flow, latent_flow))
+    assert one.replace("image", "latent") == two.replace("image", "latent")
+
+
+def test_04b_takes_the_vae_of_02_and_no_other_file(fast_dev, tmp_path, every_checkpoint):
+    file = fast_dev("02_latent_diffusion") / "runs/fast_dev/02_latent_diffusion/vae.pt"
+    options = ["--fast-dev", "--train-images", "64", "--pairs", "64", "--real-pairs", "32",
+               "--epochs", "1", "--reflow-epochs", "1", "--out-dir", str(tmp_path)]
+    vae, *_, history = latent_flow.train(latent_flow.parse_args([*options, "--vae", str(file)]))
+    theirs = torch.load(file, weights_only=True)["vae"]
+    assert all(torch.equal(theirs[name], ours) for name, ours in vae.state_dict().items())
+    assert [x["stage"] for x in history] == ["flow", "reflow"]
+    for wrong, message in ((tmp_path / "none.pt", "no checkpoint"), (__file__, "damaged"),
+                           (tmp_path / "checkpoint.pt", "not of 02_latent_diffusion.py")):
+        args = latent_flow.parse_args([*options, "--vae", str(wrong)])
+        with pytest.raises(SystemExit, match=message):
+            latent_flow.train(args)
 
 
 # ----------------------------------------------------------------------- the measurements
