@@ -118,8 +118,7 @@ class UNet(nn.Module):
         self.mid1 = ResBlock(c2, c2, c_time)
         self.mid_attention = SelfAttention(c2)
         self.mid2 = ResBlock(c2, c2, c_time)
-        # Several tokens a class: with one, the softmax over it would be 1, and every pixel would be
-        # given the same.
+        # Several tokens a class: over one, the softmax is 1, and every pixel is given the same.
         self.label_tokens = nn.Embedding(11, tokens * 32)
         self.cross_attention = CrossAttention(c2, 32)
         self.mid_to_up0 = Upsample(c2, c2)
@@ -161,9 +160,7 @@ def make_model(args) -> UNet:
 
 
 class Schedule(NamedTuple):
-    """How much noise at which t. Float64 on the CPU for the samplers, which take one number a
-    step without asking the GPU; `signal` and `sigma` in float32 on the device, to train with.
-    """
+    """How much noise at which t, as in 01."""
 
     betas: Tensor  # β_t, (T,)
     alphas: Tensor  # α_t = 1 - β_t
@@ -317,7 +314,6 @@ def train(args) -> tuple[nn.Module, list]:
 def make_figures(args, model: nn.Module, history: list) -> None:
     """Ten classes, guidance from nothing to too much: pictures, timings, and the sets for 05."""
     net, schedule = common.for_sampling(model, args), make_schedule(args.timesteps)
-    rng = torch.Generator(args.device)
 
     def sample(x_T: Tensor, scale: float, sampler=ddim_sample, **how) -> Tensor:
         labels = torch.arange(len(x_T), device=x_T.device) % 10  # 0 ... 9, 0 ... 9, ...
@@ -325,7 +321,7 @@ def make_figures(args, model: nn.Module, history: list) -> None:
 
     noise = torch.randn(60, 1, 28, 28, generator=torch.Generator().manual_seed(args.seed))
     noise = noise.to(args.device)  # drawn on the CPU: the same noise on every device
-    path, how = [], f"DDIM, {args.ddim_steps} steps"
+    rng, path, how = torch.Generator(args.device), [], f"DDIM, {args.ddim_steps} steps"
     images = sample(noise, args.guidance, trace=lambda *state: path.append(state))
     common.save_grid(images, args.out_dir / "samples_classes.png", columns=10, below=range(10),
                      title=f"{how}, guidance {args.guidance:g}: a column for each class asked for")
@@ -340,8 +336,8 @@ def make_figures(args, model: nn.Module, history: list) -> None:
                      title=f"{how}: unconditional, conditional, guided; the same noise in each",
                      below=below)
     line = {"training": ([x["epoch"] for x in history], [x["loss"] for x in history])}
-    common.save_plot(args.out_dir / "loss.png", line, title="03: training loss", xlabel="epoch",
-                     ylabel="squared error of the noise")
+    common.save_plot(args.out_dir / "loss.png", line, title="Guided diffusion: training loss",
+                     xlabel="epoch", ylabel="squared error of the noise")
 
     made = {"method": "guided diffusion", "sampler": "DDIM", "steps": args.ddim_steps}
     samplers = [(made | {"guidance": scale}, partial(sample, scale=scale))
@@ -371,7 +367,7 @@ def make_figures(args, model: nn.Module, history: list) -> None:
 
 
 def draw_digits(args, model: nn.Module) -> None:
-    """--digits: what was asked for, as a picture."""
+    """--digits: what was asked for, as a picture, twenty in a row."""
     labels = torch.tensor([int(digit) for digit in args.digits], device=args.device)
     x_T = torch.randn(len(labels), 1, 28, 28, generator=torch.Generator().manual_seed(args.seed))
     model = guided(common.for_sampling(model, args), labels, args.guidance)

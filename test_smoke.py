@@ -111,7 +111,9 @@ def test_process_fast_dev_leaves_all_results(script, fast_dev):
         losses = [line["loss"] for line in lines if line["stage"] == stage]
         epochs = [line["epoch"] for line in lines if line["stage"] == stage]
         assert epochs == list(range(1, len(epochs) + 1))
-        assert losses[-1] < losses[0] and lines[0]["images_per_second"] > 0
+        assert lines[0]["images_per_second"] > 0
+        # A flow as little trained as here moves nothing, so the reflow has nothing left to learn.
+        assert losses[-1] < (1e-3 if stage == "reflow" else losses[0])
     saved = torch.load(results / "checkpoint.pt", weights_only=True)
     assert saved["script"] == script and saved["args"]["dataset"] == "synthetic"
     for path in results.glob("eval_*.pt"):
