@@ -74,6 +74,13 @@ def fast_dev(tmp_path_factory):
     return folder
 
 
+def assert_usage_error(module, options, message, capsys) -> None:
+    with pytest.raises(SystemExit) as error:
+        module.main(options)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -239,10 +246,7 @@ def test_process_bad_input_ends_in_one_line(options, status, message, tmp_path):
 def test_bad_options_are_usage_errors(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as error:
-        ddpm.main(options)
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert_usage_error(ddpm, options, message, capsys)
 
 
 def test_bad_checkpoints_are_refused_and_left_alone(fast_dev, tmp_path, capsys):
@@ -655,10 +659,7 @@ def test_process_digits_are_drawn_from_the_shipped_weights(tmp_path):
 ])
 def test_bad_options_of_03_are_usage_errors(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as error:
-        cfg.main(options)
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert_usage_error(cfg, options, message, capsys)
 
 
 # -------------------------------------------------------------------------------- the flows
