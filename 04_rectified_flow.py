@@ -51,8 +51,8 @@ def parse_args(argv: list[str] | None = None):
     add("--blocks", type=int, default=1, help="residual blocks a level, down and up")
     add("--ema-decay", type=float, default=0.999, help="decay of the weights' moving average")
     add("--steps", type=int, nargs="+", default=[1, 2, 5, 10, 100], help="Euler steps to sample by")
-    add("--flow-t", choices=T_DENSITIES, default="uniform", help="how often which t in training")
-    add("--reflow-t", choices=T_DENSITIES, default="u-shaped", help="the same for the reflow")
+    add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="how often which t in training")
+    add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="the same for the reflow")
     add("--pairs", type=int, default=60_000, help="noises to carry forwards through the flow")
     add("--real-pairs", type=int, default=60_000, help="images to carry backwards through it")
     add("--pair-steps", type=int, default=50, help="steps on the way, each of two network calls")
@@ -136,6 +136,8 @@ T_DENSITIES = {  # t in [0, 1] from uniform u: the inverse of the density's inte
     "logit-normal": lambda u: torch.special.ndtri(u).sigmoid(),
     # after Lee et al. 2024, section 4: density ∝ cosh(4 (2t - 1)), most often near the ends
     "u-shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(4)) / 8,
+    # every other t is 0, where the one step of a one-step sampler is taken; the rest is u-shaped
+    "half-at-0": lambda u: T_DENSITIES["u-shaped"]((2 * u - 1).clamp(min=0)),
 }
 
 
@@ -199,18 +201,18 @@ def load_pairs(args, flow: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """All pairs, half precision on the device; each thousand is made once and kept as a file."""
     net, folder, pairs = common.for_sampling(flow, args), args.out_dir / "pairs", []
     folder.mkdir(exist_ok=True)
-    chunks = [(None, n) for n in range(0, args.pairs, 1000)]
-    chunks += [(images, n) for n in range(0, args.real_pairs, 1000)]
-    for i, (real, n) in enumerate(tqdm(chunks, "pairs, in thousands")):
-        path = folder / f"{'noise' if real is None else 'image'}_{n}.pt"
+    chunks = [(kind, n, min(n + 1000, size))
+              for kind, size in (("noise", args.pairs), ("image", args.real_pairs))
+              for n in range(0, size, 1000)]
+    for kind, n, end in tqdm(chunks, "pairs, in thousands"):
+        path = folder / f"{kind}_{n}_to_{end}_by_{args.pair_steps}_steps_{args.seed}.pt"
         if not path.exists():
-            size = min(1000, (args.pairs if real is None else args.real_pairs) - n)
-            rng = torch.Generator().manual_seed(args.seed + 1000 + i)
-            real = None if real is None else real[n : n + size]
-            x0, x1 = make_pairs(net, size, args.pair_steps, rng, args.device, real)
+            rng = torch.Generator().manual_seed(args.seed + 1000 + n)
+            real = images[n:end] if kind == "image" else None
+            x0, x1 = make_pairs(net, end - n, args.pair_steps, rng, args.device, real)
             common.save(path, {"x0": x0.half().cpu(), "x1": x1.half().cpu()})
         pairs.append(torch.load(path, map_location=args.device, weights_only=True))
-    return tuple(torch.cat([pair[end] for pair in pairs]) for end in ("x0", "x1"))
+    return tuple(torch.cat([pair[side] for pair in pairs]) for side in ("x0", "x1"))
 
 
 def fit(args, history: list, stage: str, epochs: int, lr: float, model, data, loss_of, done: dict):

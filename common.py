@@ -214,7 +214,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dic
             elif name in shape and vars(typed)[name] != value:
                 parser.error(f"the checkpoint was made with --{name.replace('_', '-')} {value}")
     for name, value in vars(args).items():
-        low = 0 if name in ("seed", "eval_samples") else 1e-9
+        low = 0 if name in ("seed", "eval_samples", "pairs", "real_pairs") else 1e-9
         if type(value) in (int, float) and not low <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: out of range")
     if args.batch_size > args.train_images:

@@ -757,17 +757,39 @@ def test_a_trained_flow_lands_on_the_data():
     ("uniform", lambda t: t),
     ("logit-normal", lambda t: torch.special.ndtr(torch.logit(t))),
     ("u-shaped", lambda t: 0.5 + torch.sinh(4 * (2 * t - 1)) / (2 * math.sinh(4))),
+    ("half-at-0", lambda t: 0.75 + torch.sinh(4 * (2 * t - 1)) / (4 * math.sinh(4))),
 ])
 def test_t_follows_its_density(name, integral):
     u = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
     t = flow.T_DENSITIES[name](u)
-    assert torch.allclose(integral(t), u, atol=1e-9)  # the inverse of the density's integral
+    smooth = u > 0.5 if name == "half-at-0" else u > 0
+    assert torch.equal(t[~smooth], 0 * t[~smooth])
+    # the inverse of the density's integral
+    assert torch.allclose(integral(t[smooth]), u[smooth], atol=1e-9)
     if name == "u-shaped":  # and the integral is that of cosh: by finite differences
         density = (integral(t + 1e-5) - integral(t - 1e-5)) / 2e-5
         assert torch.allclose(density, 4 / math.sinh(4) * torch.cosh(4 * (2 * t - 1)), rtol=1e-4)
         assert ((t < 0.1) | (t > 0.9)).double().mean() > 0.5
     ends = flow.T_DENSITIES[name](torch.tensor([0.0, 1.0]))
     assert ends.tolist() == pytest.approx([0, 1], abs=1e-6)
+
+
+def test_a_reflow_straightens_the_flow():
+    """Trained on the pairs of a flow that bends, one step goes where the flow needed a hundred."""
+    torch.manual_seed(0)
+    noise = torch.randn(4000, 2)
+    ends = flow.euler_sample(two_points, noise, 100)
+    net = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+    model = lambda x, t: net(torch.cat([x, t.view(-1, 1)], dim=1))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(500):
+        index, u = torch.randint(4000, (256,)), torch.rand(256)
+        loss = flow.flow_loss(model, noise[index], ends[index], flow.T_DENSITIES["half-at-0"](u))
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    before, after = (flow.straightness(v, noise[:500], 50) for v in (two_points, model))
+    assert after < 0.2 * before
+    errors = [(flow.euler_sample(v, noise, 1) - ends).square().mean() for v in (two_points, model)]
+    assert errors[1] < 0.2 * errors[0]
 
 
 def test_pairs_reproduce_and_are_joined_by_the_flow():
@@ -791,14 +813,21 @@ def test_a_kill_among_the_pairs_loses_one_chunk(tmp_path, monkeypatch):
     whole = flow.load_pairs(args, decay(0.5), images)
     assert [len(end) for end in whole] == [3300, 3300]
     files = sorted(path.name for path in (tmp_path / "pairs").iterdir())
-    assert files == ["image_0.pt", "image_1000.pt", "noise_0.pt", "noise_1000.pt", "noise_2000.pt"]
+    assert files == [
+        "image_0_to_1000_by_1_steps_0.pt", "image_1000_to_1200_by_1_steps_0.pt",
+        "noise_0_to_1000_by_1_steps_0.pt", "noise_1000_to_2000_by_1_steps_0.pt",
+        "noise_2000_to_2100_by_1_steps_0.pt"]
     assert torch.equal(whole[1][2100:], images.half())  # real images are the ends, in order
-    (tmp_path / "pairs" / "noise_1000.pt").unlink()
+    (tmp_path / "pairs" / files[3]).unlink()
     made, make_pairs = [], flow.make_pairs
     spy = lambda model, n, *rest: made.append(n) or make_pairs(model, n, *rest)
     monkeypatch.setattr(flow, "make_pairs", spy)
     again = flow.load_pairs(args, decay(0.5), images)
     assert made == [1000] and all(torch.equal(a, b) for a, b in zip(whole, again))
+    args.pairs, args.pair_steps, args.real_pairs = 1050, 2, 0  # nothing of that is there
+    noise, ends = flow.load_pairs(args, decay(0.5), images)
+    assert made == [1000, 1000, 50] and torch.equal(noise, whole[0][:1050])  # the same noise
+    assert not torch.equal(ends, whole[1][:1050])  # by more accurate steps
 
 
 def test_the_vae_of_04b_is_that_of_02():
