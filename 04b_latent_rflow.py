@@ -50,11 +50,11 @@ def parse_args(argv: list[str] | None = None):
     add("--blocks", type=int, default=1, help="residual blocks a level, down and up")
     add("--ema-decay", type=float, default=0.999, help="decay of the weights' moving average")
     add("--steps", type=int, nargs="+", default=[1, 2, 5, 10, 100], help="Euler steps to sample by")
-    add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="how often which t in training")
+    add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="density of t in training")
     add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="the same for the reflow")
     add("--pairs", type=int, default=60_000, help="noises to carry forwards through the flow")
     add("--real-pairs", type=int, default=60_000, help="images to carry backwards through it")
-    add("--pair-steps", type=int, default=50, help="steps on the way, each of two network calls")
+    add("--pair-steps", type=int, default=20, help="steps on the way, each of two network calls")
     add("--reflow-epochs", type=int, default=10, help="passes over all the pairs")
     add("--reflow-lr", type=float, default=1e-3, help="peak learning rate of the reflow")
     tiny = {"epochs": 2, "vae_epochs": 2, "batch_size": 32, "train_images": 256, "width": 8,

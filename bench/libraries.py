@@ -26,6 +26,7 @@ from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,6 +129,21 @@ def sample_diffusers(width: int, device: str) -> float:
     return clock(device) - start
 
 
+def floor(device: str) -> tuple[float, float]:
+    """Images/s of training if only 01's convolutions and matrix products took time, at the rate
+    of one large matrix product (bfloat16 on CUDA, else float32); and that rate in FLOP/s."""
+    with FlopCounterMode(display=False) as counter:
+        ddpm.UNet()(torch.randn(1, 1, 28, 28), torch.zeros(1))
+    n = 8192 if device == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
+    a @ a  # warm-up
+    start = clock(device)
+    for _ in range(10):
+        a @ a
+    rate = 10 * 2 * n**3 / (clock(device) - start)
+    return rate / (3 * counter.get_total_flops()), rate  # forwards once, backwards twice as much
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cuda = torch.cuda.is_available()
@@ -161,7 +177,9 @@ def main() -> None:
                 seconds.setdefault(net, []).append(run())
     cores = f"{torch.get_num_threads()} CPU cores"
     hardware = torch.cuda.get_device_name() if device == "cuda" else cores
+    bound, flops = floor(device)
     print(f"\n{hardware}, torch {torch.__version__}; median (lowest to highest)")
+    print(f"a matrix product: {flops / 1e9:.0f} GFLOP/s; 01 at that rate: {bound:.0f} images/s")
     for head, unit, results in (("training", "images/s", rates),
                                 ("DDIM, 100 steps, 16 digits", "s", seconds)):
         print(head)
