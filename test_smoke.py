@@ -723,6 +723,8 @@ def test_flow_loss_has_noise_at_0_and_data_at_1():
     assert torch.allclose(seen[0][2], 0.75 * x0[2] + 0.25 * x1[2])
     assert loss.item() == pytest.approx((x1 - x0).square().mean().item())
     assert flow.flow_loss(lambda x, t: x1 - x0, x0, x1, torch.rand(3)).item() == 0
+    loss = flow.flow_loss(spy, x0, x1, torch.rand(3), error=nn.functional.l1_loss)
+    assert loss.item() == pytest.approx((x1 - x0).abs().mean().item())
 
 
 def test_the_loss_is_least_for_the_exact_flow():
@@ -772,6 +774,7 @@ def test_t_follows_its_density(name, integral):
         assert ((t < 0.1) | (t > 0.9)).double().mean() > 0.5
     ends = flow.T_DENSITIES[name](torch.tensor([0.0, 1.0]))
     assert ends.tolist() == pytest.approx([0, 1], abs=1e-6)
+    assert not flow.T_DENSITIES["all-at-0"](u).any()
 
 
 def test_a_reflow_straightens_the_flow():
