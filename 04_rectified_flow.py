@@ -8,9 +8,9 @@ with the image it led to, and train again on these pairs. Their lines hardly cro
 new flow's direction at the start already points at the image, and one step gets there.
 
     x_t  = (1-t) x_0 + t x_1                       Liu et al. 2022, section 2.1
-    loss = E ‖(x_1 - x_0) - v_θ(x_t, t)‖²          Liu, Eq. 1
+    loss = E ‖(x_1 - x_0) - v_θ(x_t, t)‖²          Liu, Eq. 1; in the reflow E |...|
     Euler: x_{t+1/N} = x_t + v_θ(x_t, t) / N       Liu, section 2.1, the flow dx = v dt
-    reflow: the same loss on pairs (x_0, x_1) where x_1 is where the flow leads from x_0
+    reflow: the loss on pairs (x_0, x_1) where x_1 is where the flow leads from x_0
     S    = ∫ E ‖(x_1 - x_0) - v_θ(x_t, t)‖² dt     Liu: the straightness, 0 on straight ways
 
     paper           code                      shape
@@ -313,11 +313,11 @@ def make_figures(args, flow: nn.Module, reflow: nn.Module, history: list) -> Non
     x0 = x0.to(args.device)  # drawn on the CPU: the same noise on every device
     draw_paths(args, nets, x0)
     lines = {}
-    for stage in ("flow", "reflow"):
+    for stage, unit in (("flow", "squared error"), ("reflow", "absolute error")):
         epochs = [x for x in history if x["stage"] == stage]
-        lines[stage] = ([x["epoch"] for x in epochs], [x["loss"] for x in epochs])
+        lines[f"{stage}: {unit}"] = ([x["epoch"] for x in epochs], [x["loss"] for x in epochs])
     common.save_plot(args.out_dir / "loss.png", lines, title="Flow and reflow: training loss",
-                     xlabel="epoch", ylabel="squared error of the velocity", yscale="log")
+                     xlabel="epoch", ylabel="error of the velocity", yscale="log")
 
     timings = common.training_report(args, reflow, history) | {"samplers": []}
     timings["straightness"] = {name: straightness(net, x0, 100) for name, net in nets.items()}

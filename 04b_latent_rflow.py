@@ -394,7 +394,7 @@ def make_figures(args, vae: VAE, flow: nn.Module, reflow: nn.Module, history: li
     draw_paths(args, vae, nets, x0)
     lines = {}
     for stage, unit in (("VAE", "nats an image"), ("flow", "squared error of the velocity"),
-                        ("reflow", "squared error of the velocity")):
+                        ("reflow", "absolute error of the velocity")):
         epochs = [x for x in history if x["stage"] == stage]
         lines[f"{stage}: {unit}"] = ([x["epoch"] for x in epochs], [x["loss"] for x in epochs])
     common.save_plot(args.out_dir / "loss.png", lines, title="VAE, flow and reflow: training",
