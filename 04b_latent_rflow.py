@@ -18,7 +18,18 @@ latents of digits lie nearer to the noise than images do, so their ways bend les
     python 04b_latent_rflow.py --sample-only       redo all figures, no training
     python 04b_latent_rflow.py --fast-dev          all of it in seconds
 
-Not trained on MNIST yet: no figures, no shipped weights.
+Measured on one core of an Intel Xeon with AVX-512 (torch 2.14.1): the VAE of 02, --pairs 30000
+--real-pairs 0 --pair-steps 10 --reflow-epochs 8, else as it is; flow 21 minutes, pairs 6, reflow 8.
+Fréchet distance, 5,000 samples by 05_compare.py (training digits 0.058), and straightness S:
+    Euler steps     1      2      5      10      S
+    flow            40.3   2.82   1.17   0.923   0.40
+    reflow          1.17   1.03   0.905  0.849   0.0036
+One step after the reflow is as good as five before it, and many steps lose nothing by it.
+Tried, width 32, ten epochs of flow, five of reflow on 30,000 pairs, with 1, 2, 5, 10 steps: flow
+with logit-normal t 36.4, 2.65, 1.27, 1.05, uniform 47.7, 4.34, 1.65, 1.31; reflow with u-shaped t
+1.49, 1.30, 1.14, 1.08, half-at-0 1.35, 1.22, 1.08, 1.03 (half of the pairs real), 1.33, 1.21, 1.08,
+1.02 (none); with the absolute error 1.34, 1.20, 1.05, 0.99; seven epochs half-at-0 1.32, 1.21,
+1.07, 1.02; five, and two all-at-0, 1.28, 1.14, 1.01, 0.95; seven all-at-0 1.25, 0.87, 1.01, 1.17.
 """
 
 import json
