@@ -1,6 +1,6 @@
 """Every script end to end as a user runs it, and the maths against closed forms.
 
-    pytest                      all of it, under two minutes on two cores, no network
+    pytest                      all of it, in five minutes on two cores, no network
     pytest -k "not process"     the closed forms alone, in seconds
 """
 
