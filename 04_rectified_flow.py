@@ -33,9 +33,9 @@ samples by 05_compare.py (training digits 0.058), and straightness S:
 One step after the reflow looks like five before it, but does not score so. Much of the distance is
 noise left in the black, too faint to see: with values below 16 of 255 set to black one step scores
 1.55, and five before the reflow 1.15.
-Tried: logit-normal t for the flow: after one epoch 45.5, 8.17, 3.41 with 1, 2, 5 steps, uniform t
-64.3, 27.6, 5.11. Squared in place of absolute error in the reflow: 3.47, 2.55, 1.65 with 1, 2, 10
-steps, absolute 2.51, 2.16, 1.52 (1,000 samples). Two more epochs at --reflow-t all-at-0: 2.25 with
+Tried (1,000 samples, 2,000 for 5 steps): logit-normal t for the flow: after one epoch 45.5, 8.17,
+3.41 with 1, 2, 5 steps, uniform t 64.3, 27.6, 5.11. Squared error in the reflow: 3.47, 2.55, 1.65
+with 1, 2, 10 steps, absolute 2.51, 2.16, 1.52. Two more epochs at --reflow-t all-at-0: 2.25 with
 one step, 40 with two. What real pairs and half of t at 0 give was measured in the latent: see 04b.
 
 Left out: a second reflow; perceptual losses for the one step (Lee et al. 2024).
