@@ -1,45 +1,41 @@
-"""How good and how fast: one classifier measures every sampler's digits, and judges five claims.
+"""How good and how fast are the samples? One classifier scores them, and judges the report's claims.
 
-Pictures show that digits look like digits; not that all kinds are there, nor how much ten steps
-lose against a hundred. So a small classifier, trained on MNIST once and for all, turns each image
-into 64 numbers, and the cloud of a sampler's images is held against the cloud of the 10,000 test
-digits: by the distance between two Gaussians fitted to them, by the share of samples that lie
-inside the digits' cloud (precision: are they digits?) and by the share of digits inside the
-samples' cloud (recall: are all digits there?). Training digits in place of samples show what a
-perfect sampler would get: the floor.
+A picture shows that digits look like digits. It does not show whether all kinds of digits are
+there, or how much ten steps lose against a hundred. So a small classifier, trained once on MNIST,
+turns each image into 64 numbers, its features. We compare the cloud of a sampler's images with the
+cloud of the 10,000 test digits: by the distance between Gaussians fitted to both; by the share of
+samples inside the cloud of digits (precision: are they digits?); and by the share of digits inside
+the cloud of samples (recall: are all digits there?). Training digits in place of samples show what
+a perfect sampler would score: the floor.
 
-    FD        = |µ_r - µ_g|² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)    Heusel et al. 2017, Eq. 6
+    FD        = |µ_r - µ_g|² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)          Heusel et al. 2017, Eq. 6
     precision = share of φ_g with |φ_g - φ_r| ≤ R(φ_r) for some φ_r   Kynkäänniemi et al. 2019,
     recall    = share of φ_r with |φ_r - φ_g| ≤ R(φ_g) for some φ_g   section 2
-    with R(φ) = distance from φ to its third-nearest neighbour in its own set
+    R(φ) is the distance from φ to its third-nearest neighbour in its own set
 
-    paper           code                              shape
-    φ_r, φ_g        real, fake = features(judge, x)   (10,000, 64), (N, 64), float64
-    µ, Σ            means and covariances of those    (64,), (64, 64)
+    paper           code                               shape
+    φ_r, φ_g        real, fake = features(judge, x)    (10,000, 64), (N, 64), float64
+    µ, Σ            means and covariances of those     (64,), (64, 64)
 
-A finite set scores too high, the more so the fewer images it has, so sets are compared at equal N
-only, and the floor stands beside them at the same N. Sets are read from runs/*/eval_*.pt, as the
-other scripts write them with --eval-samples: a dict of `images`, uint8 (N, 1, 28, 28); where they
-have them `labels` (N,); `method`, `sampler`, `steps`, `guidance`. Times come from timings.json.
+FD is called a distance, but is a squared one. A small set scores too high, so only sets of equal
+size N stand in one table, with the floor for this N. Precision and recall compare N samples with N
+test digits. The sets are runs/*/eval_*.pt, which the other scripts write with --eval-samples: a
+dict of `images`, uint8 (N, 1, 28, 28); `labels` (N,) where a class was asked for; `method`,
+`sampler`, `steps`, `guidance`. The times come from timings.json beside them.
 
-    python 05_compare.py                      all that is in runs/: tables, plots, verdicts
-    python 05_compare.py FILE.pt FOLDER       score these sets: a .pt, or a folder of PNGs
-    python 05_compare.py --train-judge        train the classifier anew
-    python 05_compare.py --fast-dev           all of it in seconds, on what is in runs/fast_dev
+    python 05_compare.py                      score what is in runs/: tables, plots, verdicts
+    python 05_compare.py --eval-samples 1000  the same for the first 1,000 images of each set
+    python 05_compare.py FILE.pt FOLDER       score these: a .pt, or a folder of 28x28 PNGs
+    python 05_compare.py --train-judge        train the classifier again
+    python 05_compare.py --fast-dev           everything in miniature, on runs/fast_dev
 
-The classifier (0.21M weights) learned in 4 minutes on two CPU cores (AMD EPYC with AVX-512, torch
-2.15.0) and reads 99.66% of the test digits. For scale, 1,000 images each: training digits 0.155
-(10,000 of them: 0.041), these without zeros 2.7, blurred by a Gaussian of one pixel 4.5, noised by
-a tenth of the pixels' range 15, pure noise 88. Recall flatters what is imprecise: samples strewn
-wide have wide neighbourhoods, which catch more digits (0.93 for 01's DDIM-100, 0.83 for training
-digits); read it beside the precision.
+RESULT
 
 Left out: confidence intervals (retraining moves a distance by 1-3%); the Inception network of the
-usual FID, which has never seen a digit.
+usual FID, which was trained on photographs.
 """
 
 import json
-import pickle
 import statistics
 import sys
 from pathlib import Path
@@ -55,20 +51,22 @@ import common
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "Measure samples.", epochs=5, batch_size=128, lr=3e-3)
-    parser.usage = "%(prog)s [FILE ...] [options]"
+    parser = common.make_parser(__file__, "Score samples and judge claims.", 5, 128, 3e-3)
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="score only these: a .pt, or a folder of PNGs")
-    add("--eval-samples", type=int, default=10_000, help="score the first so many images of a set")
-    add("--train-judge", dest="sample_only", action="store_false", help="train the classifier")
-    add("--runs", type=Path, default=Path("runs"), help="where the other scripts put their results")
-    parser.set_defaults(sample_only=True)
-    tiny = {"sample_only": False, "epochs": 2, "batch_size": 32, "train_images": 512,
-            "runs": Path("runs/fast_dev")}
-    args = common.parse(parser, argv, fast_dev=tiny, shape=[])
-    args.sample_only &= not args.resume  # --resume goes on training the classifier
+    add("--train-judge", action="store_true", help="train the classifier")
+    add("--runs", type=Path, default=Path("runs"), help="folder of the other scripts' results")
+    parser.set_defaults(eval_samples=10_000)
+    tiny = {"epochs": 2, "batch_size": 32, "train_images": 512, "runs": Path("runs/fast_dev")}
+    look = parser.parse_args(argv)
+    train_it = look.train_judge or look.resume or look.fast_dev
+    parser.set_defaults(sample_only=not train_it)
+    args = common.parse(parser, argv, tiny)
+    args.files = [Path(file) for file in args.files]
     if args.eval_samples < 5:
         parser.error(f"--eval-samples {args.eval_samples}: a set needs at least 5")
+    if not train_it and args.dataset != (known := args.state["args"]["dataset"]):
+        parser.error(f"the classifier knows only {known}; --train-judge trains another one")
     return args
 
 
@@ -96,8 +94,8 @@ class Judge(nn.Module):
         return self.classify(self.features(x))
 
 
-def make_model(args) -> Judge:
-    return Judge().to(args.device, memory_format=args.layout)
+def make_models(args) -> dict[str, nn.Module]:
+    return {"judge": Judge().to(args.device)}
 
 
 # ---------------------------------------------------------------------------------- metrics
@@ -105,7 +103,7 @@ def make_model(args) -> Judge:
 
 @torch.no_grad()
 def features(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, 1, 28, 28) -> features (N, 64), float64, and the digits (N,) it sees."""
+    """uint8 images (N, 1, 28, 28) -> features (N, 64), float64, and the digits (N,) it reads."""
     weight, phi, digits = judge.classify.weight, [], []
     for part in images.split(500):
         phi.append(judge.features(part.to(weight.device) / 127.5 - 1))
@@ -114,10 +112,10 @@ def features(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
-    """Between the Gaussians fitted to two sets of features (N, D), (M, D); 0 if they are equal.
+    """FD between the Gaussians fitted to two sets of features (N, D), (M, D); 0 if they are equal.
 
-    Factors with Σ = rᵀr come from a QR decomposition; the eigenvalues of Σ_r Σ_g are then the
-    squared singular values of r_r r_gᵀ, whose sum is tr (Σ_r Σ_g)^½: no matrix root.
+    A QR decomposition gives factors with Σ = rᵀr. The eigenvalues of Σ_r Σ_g are the squared
+    singular values of r_r r_gᵀ, and their sum is tr (Σ_r Σ_g)^½: no matrix root is needed.
     """
     r_r, r_g = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R
                 for x in (real, fake))
@@ -145,7 +143,8 @@ def score(judge: Judge, real: Tensor, samples: dict) -> dict:
     phi, digits = features(judge, samples["images"])
     row = {key: value for key, value in samples.items() if key not in ("images", "labels")}
     row |= {"N": len(phi), "distance": frechet_distance(real, phi)}
-    row["precision"], row["recall"] = precision_recall(real, phi)
+    n = min(len(real), len(phi))  # equally many of both
+    row["precision"], row["recall"] = precision_recall(real[:n], phi[:n])
     if "labels" in samples:
         row["accuracy"] = (digits == samples["labels"]).double().mean().item()
         row["misread"] = 1 - row["accuracy"]
@@ -155,39 +154,17 @@ def score(judge: Judge, real: Tensor, samples: dict) -> dict:
 # --------------------------------------------------------------------------------- training
 
 
-def train(args) -> tuple[Judge, list]:
+def train(args) -> dict[str, nn.Module]:
     """Train the classifier on the training digits, shifted by up to two pixels."""
     images, labels = common.load_digits(args)
-    steps_per_epoch = len(images) // args.batch_size
-    total_steps = args.epochs * steps_per_epoch
-
     torch.manual_seed(args.seed)
-    model = make_model(args)
-    fused = "fused" in args.speed
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05, fused=fused)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(  # 200 steps up, then straight down to zero
-        optimizer, lambda step: min((step + 1) / 200, 1) * max(1 - step / total_steps, 0)
-    )
-    rng = torch.Generator(args.device).manual_seed(args.seed)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    history = common.restore(args, rng, parts) if args.resume else []
-    scheduler.base_lrs = [args.lr]  # --lr may be a new one
-
-    progress = common.Progress(args, history, steps_per_epoch, args.epochs)
-    for _ in range(progress.done, args.epochs):
-        shifts = torch.randint(-2, 3, (steps_per_epoch, 2), generator=rng, device=args.device)
-        batches = common.batches(images, labels, args.batch_size, rng)
-        for (x, y), shift in zip(batches, shifts.tolist()):
-            loss = F.cross_entropy(model(x.roll(shift, (2, 3))), y, label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            progress.step(loss)
-        progress.end_epoch(scheduler.get_last_lr()[0])
-        common.save_checkpoint(args, history, rng, parts)
-    progress.bar.close()
-    return model, history
+    model = make_models(args)["judge"]
+    stage = common.Stage(args, "judge", model, args.epochs, args.lr, images, labels)
+    shifts = torch.randint(-2, 3, (args.epochs * stage.steps, 2)).tolist()
+    for x, y in stage:
+        x = x.roll(shifts[stage.scheduler.last_epoch], (2, 3))
+        stage.step(F.cross_entropy(stage.net(x), y, label_smoothing=0.05))
+    return {"judge": stage.ema}
 
 
 # --------------------------------------------------------------------------------- the sets
@@ -195,48 +172,42 @@ def train(args) -> tuple[Judge, list]:
 
 def load_set(path: Path, most: int) -> dict:
     """The first `most` samples of an evaluation set, or of a folder of 28x28 PNGs."""
-    try:
+    with common.one_line_error(
+        f"{path} is not an evaluation set, which is a .pt with a dict of `images`, uint8 "
+        "(N, 1, 28, 28), N >= 5, and maybe `labels` (N,); or a folder of 28x28 PNGs"
+    ):
         if path.is_dir():
             files = [Image.open(file).convert("L") for file in sorted(path.glob("*.png"))]
             samples = {"images": torch.stack([pil_to_tensor(file) for file in files])}
         else:
             samples = torch.load(path, map_location="cpu", weights_only=True)
-        assert isinstance(samples, dict)
         images, labels = samples["images"], samples.get("labels", samples["images"])
-        assert images.dtype == torch.uint8 and images.shape[1:] == (1, 28, 28)
+        assert images.dtype == torch.uint8
+        assert images.shape[1:] == (1, 28, 28)
         assert len(images) == len(labels) >= 5
-    except FileNotFoundError:
-        sys.exit(f"no such set: {path}")
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, AssertionError,
-            AttributeError, LookupError, TypeError):
-        sys.exit(f"{path} is not an evaluation set: that is a dict in a .pt with `images`, uint8 "
-                 "(N, 1, 28, 28) with N >= 5, and maybe `labels` (N,); or a folder of 28x28 PNGs")
     samples = {"method": str(path), "sampler": "", "steps": None} | samples
     samples.setdefault("network_calls", samples["steps"])
     return samples | {k: samples[k][:most] for k in ("images", "labels") if k in samples}
 
 
 def timing(samples: dict, path: Path) -> dict:
-    """What the timings.json beside the set says of its sampler, if the same machine made both."""
+    """What timings.json beside the set says of its sampler, if the same machine made both."""
     path = path.with_name("timings.json")
-    timings = json.loads(path.read_text()) if path.exists() else {"hardware": ""}
-    if timings["hardware"] != samples.get("hardware"):
+    if not path.exists():
         return {}
-    trained_here = timings["trained_on"] == timings["hardware"]
-    found = {"training_minutes": timings["training_seconds"] / 60} if trained_here else {}
-    for entry in timings["samplers"]:
-        keys = entry.keys() & {"method", "sampler", "steps", "guidance"}
-        if all(entry[key] == samples.get(key) for key in keys):
-            found |= {key: entry[key] for key in ("seconds", "images_per_second")}
-    return found
+    with common.one_line_error(f"{path} is damaged; --sample-only writes it again"):
+        timings = json.loads(path.read_text())
+        same = timings["hardware"] == samples.get("hardware")
+        rows = [x for x in timings["samplers"] if same and x["name"] == samples.get("name")]
+        return {key: row[key] for row in rows for key in ("seconds", "images_per_second")}
 
 
 def add_notes(rows: list[dict], args) -> None:
-    """Why a row must not be mixed with the others: other knobs, other digits, another machine."""
+    """Why a row must not be compared with the others: miniature, other digits, other machine."""
     usual = statistics.mode([row.get("hardware") for row in rows if "args" in row] or [""])
     for row in rows:
         made = row.get("args", {})
-        notes = {f"fast_dev {made.get('fast_dev')}": made.get("fast_dev") != args.fast_dev,
+        notes = {"a miniature": made.get("fast_dev") and not args.fast_dev,
                  f"{made.get('dataset')} digits": made.get("dataset") != args.dataset,
                  f"on {row.get('hardware')}": row.get("hardware") != usual}
         notes = notes if made else {"unknown origin": True}
@@ -245,57 +216,58 @@ def add_notes(rows: list[dict], args) -> None:
 
 # ------------------------------------------------------------------------------- the claims
 
-LIKE = 1.25  # as good as: a Fréchet distance at most so many times the other's
-CLAIMS = [  # claim; the set that it speaks of; the one it is held against; so many times its value
-    ("DDIM-100 is many times faster than DDPM", ("diffusion", "DDIM", 100),
+LIKE = 1.25  # "as good as": a Fréchet distance at most this many times the other's
+CLAIMS = [  # claim of the report; the set it is about; the set beside it; rules: key, sign, times
+    ("1a. DDIM-100 is many times faster than DDPM", ("diffusion", "DDIM", 100),
      ("diffusion", "DDPM", 1000), [("seconds", "<=", 0.2)]),
-    ("... and almost as good", ("diffusion", "DDIM", 100),
+    ("1b. ... and almost as good", ("diffusion", "DDIM", 100),
      ("diffusion", "DDPM", 1000), [("distance", "<=", LIKE)]),
-    ("Latent diffusion is cheaper at like quality", ("latent diffusion", "DDIM", 100),
+    ("2. Latent diffusion is cheaper and as good", ("latent diffusion", "DDIM", 100),
      ("diffusion", "DDIM", 100), [("images_per_second", ">=", 1), ("distance", "<=", LIKE)]),
-    ("Guidance makes digits more distinct", ("guided diffusion", "DDIM", 100, 3),
+    ("3. Guidance makes digits more distinct", ("guided diffusion", "DDIM", 100, 3),
      ("guided diffusion", "DDIM", 100, 1), [("misread", "<=", 0.5)]),
-    ("One step after one reflow equals five before", ("reflow", "Euler", 1),
+    ("4a. One step after reflow is like five before", ("reflow", "Euler", 1),
      ("rectified flow", "Euler", 5), [("distance", "<=", 1)]),
-    ("The latent flow needs fewer steps", ("latent flow", "Euler", 5),
+    ("4b. ... and in the latent", ("latent reflow", "Euler", 1),
+     ("latent flow", "Euler", 5), [("distance", "<=", 1)]),
+    ("5a. The latent flow needs fewer steps", ("latent flow", "Euler", 5),
      ("rectified flow", "Euler", 10), [("distance", "<=", LIKE)]),
-    ("... or less time", ("latent flow", "Euler", 10),
+    ("5b. ... or less time", ("latent flow", "Euler", 10),
      ("rectified flow", "Euler", 10), [("images_per_second", ">=", 1), ("distance", "<=", LIKE)]),
 ]
 
 
-def find(rows: list[dict], n: int, wanted: tuple) -> dict:
-    """The row with N = n of a method, sampler, number of steps and, if it is given, guidance."""
+def find(rows: list[dict], wanted: tuple) -> dict:
+    """The row of a method, sampler, number of steps and, if it is given, guidance."""
     for row in rows:
-        if row["N"] == n and all(row.get(key) == value for key, value in zip(COLUMNS, wanted)):
+        if all(row.get(key) == value for key, value in zip(COLUMNS, wanted)):
             return row
     raise LookupError(f"no {' '.join(map(str, wanted))}")
 
 
 def judge_claim(rows: list[dict], claim: str, one: tuple, two: tuple, rules: list) -> list[str]:
-    """Claim, rule, verdict, figures: by the largest sets of equal N that there are of both."""
-    names = {key: COLUMNS.get(key, (key, ".2%")) for key, _, _ in rules}
+    """Claim, rule, verdict and figures, from rows of equal N."""
+    names = {"misread": ("misread", ".2%")} | COLUMNS
     rule = " and ".join(f"{names[key][0]} {sign} {x:g} times" for key, sign, x in rules)
-    sets = [" ".join(map(str, wanted)) for wanted in (one, two)]
-    head, missing = [claim, f"{sets[0]}: {rule} that of {sets[1]}"], "no sets"
-    for n in sorted({row["N"] for row in rows}, reverse=True):
-        try:
-            a, b = find(rows, n, one), find(rows, n, two)
-            holds = all(a[key] <= x * b[key] if sign == "<=" else a[key] >= x * b[key]
-                        for key, sign, x in rules)
-            figures = "; ".join(f"{name} {a[key]:{form}} against {b[key]:{form}}"
-                                for key, (name, form) in names.items())
-            return [*head, "holds" if holds else "does not hold", f"{figures} (N = {n:,})"]
-        except LookupError as error:  # no such row, or one without times or labels
-            missing = str(error)
-    return [*head, "not measured", missing]
+    one_name, two_name = (" ".join(map(str, wanted)) for wanted in (one, two))
+    rule = f"{one_name}: {rule} that of {two_name}"
+    try:
+        a, b = find(rows, one), find(rows, two)
+        holds = all(a[key] <= x * b[key] if sign == "<=" else a[key] >= x * b[key]
+                    for key, sign, x in rules)
+        form = {key: ".2%" if key == "misread" else ".4g" for key, _, _ in rules}
+        figures = "; ".join(f"{names[key][0]} {a[key]:{form[key]}} against {b[key]:{form[key]}}"
+                            for key, _, _ in rules)
+        return [claim, rule, "holds" if holds else "does not hold", figures]
+    except LookupError as error:  # no such row, or one without times or labels
+        return [claim, rule, "not measured", str(error)]
 
 
 # ----------------------------------------------------------------------------------- report
 
-COLUMNS = {  # key of a row: head and format; first those by which find() knows a row
+COLUMNS = {  # key of a row: heading and format; the first four are those by which find() looks
     "method": ("method", ""), "sampler": ("sampler", ""), "steps": ("steps", ","),
-    "guidance": ("guidance", "g"), "network_calls": ("network calls", ","), "N": ("N", ","),
+    "guidance": ("guidance", "g"), "network_calls": ("network calls", ","),
     "distance": ("Fréchet distance", ".3g"), "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"), "accuracy": ("accuracy", ".2%"),
     "seconds": ("seconds for 16", ".3g"), "images_per_second": ("images/s", ",.1f"),
@@ -319,63 +291,66 @@ def score_table(rows: list[dict]) -> str:
 
 
 def curves(rows: list[dict], x: str, y: str) -> dict:
-    """Lines for common.save_plot, from the rows with both x and y; row["line"] is the legend."""
+    """Lines for common.save_plot from the rows that have both x and y; row["line"] names them."""
     lines: dict = {}
     rows = [row for row in rows if x in row and y in row]
-    for row in sorted(rows, key=lambda row: (row["line"], row[x])):  # a name, a colour
+    for row in sorted(rows, key=lambda row: (row["line"], row[x])):
         xs, ys = lines.setdefault(row["line"], ([], []))
-        xs.append(row[x]), ys.append(row[y])
+        xs.append(row[x])
+        ys.append(row[y])
     return lines
 
 
-def draw(args, rows: list[dict], floors: list[dict]) -> None:
-    """Quality against network calls, time, training and guidance, each where it was measured."""
-    for row in (*rows, *floors):
-        keys = [key for key in ("method", "sampler", "guidance") if key in row]
-        row["line"] = " ".join([str(row[key]) for key in keys] + [f"(N = {row['N']:,})"])
+def draw(args, n: int, rows: list[dict], floor: dict) -> None:
+    """Quality against network calls, time and guidance, for sets of n images."""
+    for row in rows:
+        row["line"] = f"{row['method']}, {row['sampler']}"
+        row["line"] += f", s = {row['guidance']:g}" if "guidance" in row else ""
     for x, xlabel in (("network_calls", "network calls for an image"),
-                      ("seconds", "seconds for 16 images"),
-                      ("training_minutes", "minutes of training (in a column: by steps)")):
+                      ("seconds", "seconds for 16 images")):
         if lines := curves(rows, x, "distance"):
             ends = [f(value for xs, _ in lines.values() for value in xs) for f in (min, max)]
-            lines |= {floor["line"]: (ends, [floor["distance"]] * 2) for floor in floors}
-            common.save_plot(args.out_dir / f"quality_{x}.png", lines, xlabel=xlabel, xscale="log",
-                             yscale="log", ylabel="Fréchet distance to the test digits",
-                             title="How close the samples come to digits (lower is better)")
-    shares = [row | {"share": row[y], "line": f"{y}, {row['sampler']} (N = {row['N']:,})"}
+            lines["the floor: training digits"] = (ends, [floor["distance"]] * 2)
+            common.save_plot(args.out_dir / f"quality_{x}_{n}.png", lines, xlabel=xlabel,
+                             xscale="log", yscale="log", ylabel="Fréchet distance",
+                             title=f"Distance to the test digits (lower is better), N = {n:,}")
+    shares = [row | {"share": row[y], "line": f"{y}, {row['sampler']}"}
               for y in ("accuracy", "precision", "recall") for row in rows if y in row]
     if lines := curves(shares, "guidance", "share"):
-        common.save_plot(args.out_dir / "guidance.png", lines, xlabel="guidance scale",
-                         title="Guidance: more distinct digits, of fewer kinds", ylabel="share")
+        common.save_plot(args.out_dir / f"guidance_{n}.png", lines, xlabel="guidance scale s",
+                         title=f"Guidance trades variety for clarity, N = {n:,}", ylabel="share")
 
 
-def report(args, judge: Judge) -> None:
-    """Score the sets and print the table; of runs also write it, with plots and verdicts."""
-    paths = [Path(file) for file in args.files] or sorted(args.runs.glob("*/eval_*.pt"))
+def make_figures(args, judge: Judge) -> None:
+    """Score the sets: a table, plots and verdicts for each size N."""
+    paths = args.files or sorted(args.runs.glob("*/eval_*.pt"))
     sets = [load_set(path, args.eval_samples) for path in paths]
     images, labels = common.load_digits(args, train=False)
-    real, seen = features(judge.eval(), common.to_uint8(images))
-    accuracy = (seen == labels.cpu()).double().mean()
+    real, digits = features(judge, common.to_uint8(images))
+    accuracy = (digits == labels.cpu()).double().mean()
     images, labels = common.load_digits(args)
-    rows, floors = [], []
+    rows = []
     for path, samples in zip(tqdm(paths, "sets"), sets):
         known = {"method": str(path)} if args.files else timing(samples, path)
         rows.append(score(judge, real, samples | known))
-    for n in sorted({row["N"] for row in rows}) or [args.eval_samples]:
-        digits = {"images": common.to_uint8(images[:n]), "labels": labels[:n].cpu()}
-        floors.append({"method": "training digits"} | score(judge, real, digits))
     add_notes(rows, args)
-    order = lambda row: (row["method"], row["sampler"], row["steps"] or 0, row.get("guidance", 0))
-    rows.sort(key=lambda row: (row["note"], *order(row)))
-    text = (f"Against {len(real):,} test digits of {args.dataset}, of which the classifier gets "
-            f"{accuracy:.2%} right:\n\n{score_table([*rows, *floors])}")
+    rows.sort(key=lambda row: (row["note"], row["method"], row["sampler"], row["steps"] or 0,
+                               row.get("guidance", 0)))
+    text = (f"The classifier reads {accuracy:.2%} of the {len(real):,} test digits "
+            f"({args.dataset}) correctly.\n")
+    for n in sorted({row["N"] for row in rows}) or [args.eval_samples]:
+        chosen = [row for row in rows if row["N"] == n]
+        digits = {"images": common.to_uint8(images[:n]), "labels": labels[:n].cpu()}
+        floor = score(judge, real, {"method": "training digits"} | digits)
+        text += f"\nSets of N = {n:,} images:\n\n{score_table([*chosen, floor])}"
+        if not args.files:
+            chosen = [row for row in chosen if not row["note"]]
+            draw(args, n, chosen, floor)
+            verdicts = [judge_claim(chosen, *claim) for claim in CLAIMS]
+            text += "\n" + table(["the report's claim", "rule", "verdict", "figures"], verdicts)
     if not args.files:
-        rows = [row for row in rows if not row["note"]]
-        draw(args, rows, floors)
-        verdicts = [judge_claim(rows, *claim) for claim in CLAIMS]
-        text += "\n" + table(["the report's claim", "rule", "verdict", "measured"], verdicts)
-        ours = {path.stem for path in Path(__file__).parent.glob("0[1-4]*.py")}
-        for script in sorted(ours - {path.parent.name for path in paths}):
+        missing = {path.stem for path in Path(__file__).parent.glob("0[1-4]*.py")}
+        for script in sorted(missing - {path.parent.name for path in paths}):
             text += f"\nMissing: {args.runs / script} has no sets; --eval-samples makes them.\n"
         (args.out_dir / "comparison.md").write_text(text)
     print(text)
@@ -383,17 +358,12 @@ def report(args, judge: Judge) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.export:
-        return common.export_weights(args, "model")
     try:
-        if args.sample_only:
-            judge = make_model(args)
-            judge.load_state_dict(args.saved["model"])
-        else:
-            judge, _ = train(args)
-        report(args, judge)
+        ready = args.sample_only
+        models = common.load_networks(args.state, make_models(args)) if ready else train(args)
+        make_figures(args, **models)
     except KeyboardInterrupt:
-        sys.exit("stopped")
+        sys.exit(f"stopped; --resume continues from {args.checkpoint} if an epoch was finished")
 
 
 if __name__ == "__main__":

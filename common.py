@@ -147,7 +147,7 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add("--resume", **flag, help="continue from the checkpoint in --out-dir")
     add("--sample-only", **flag, help="use --out-dir's checkpoint, or weights/, as it is")
     add("--eval-samples", type=number(int, 0), metavar="N",
-        help="samples of each sampler to keep for 05_compare.py; None: 10000 on CUDA, else 0")
+        help="size of evaluation sets, for 05_compare.py (None: 10000 on CUDA, else 0)")
     add("--off", nargs="+", choices=SPEED_UPS, default=[], help="speed-ups not to use")
     add("--fast-dev", **flag, help="a complete run in seconds, with everything tiny")
     return parser
