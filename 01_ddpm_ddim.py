@@ -253,7 +253,6 @@ def make_figures(args, diffusion: nn.Module) -> None:
     x_T = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(args.seed))
     x_T = x_T.to(args.device)  # drawn on the CPU: the same noise on every device
     draw_path(args, partial(ddim_sample, net, schedule, x_T, args.ddim_steps))
-    common.plot_losses(args, diffusion="squared error of the noise")
 
     samplers = []
     for n in sorted({args.ddim_steps, *args.ddim_sweep}):

@@ -332,7 +332,6 @@ def make_figures(args, diffusion: nn.Module, vae: VAE) -> None:
     x_T = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(args.seed))
     x_T = x_T.to(args.device)  # drawn on the CPU: the same noise on every device
     draw_path(args, vae, partial(ddim_sample, net, schedule, x_T, args.ddim_steps))
-    common.plot_losses(args, vae="nats per image", diffusion="squared error of the noise")
 
     def ddim(x: Tensor, rng) -> Tensor:  # vs 01: every sampler ends in the decoder
         return vae.to_images(ddim_sample(net, schedule, x, args.ddim_steps))

@@ -288,7 +288,6 @@ def make_figures(args, diffusion: nn.Module) -> None:
         return sampler(guided(net, labels, scale), schedule, x_T, steps=args.ddim_steps, **more)
 
     draw_path(args, partial(sample, x_T, args.guidance))
-    common.plot_losses(args, diffusion="squared error of the noise")
 
     samplers, n = [], args.ddim_steps
     for s in sorted({args.guidance, *args.guidance_sweep}):

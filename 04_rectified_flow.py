@@ -265,7 +265,6 @@ def make_figures(args, flow: nn.Module, reflow: nn.Module) -> None:
     x0 = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(args.seed))
     x0 = x0.to(args.device)  # drawn on the CPU: the same noise on every device
     draw_path(args, nets, x0)
-    common.plot_losses(args, flow="squared error of the velocity", reflow="absolute error")
 
     samplers = []
     for method, net in nets.items():

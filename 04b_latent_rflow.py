@@ -340,7 +340,6 @@ def make_figures(args, flow: nn.Module, reflow: nn.Module, vae: VAE) -> None:
     def sample(net, x0: Tensor, steps: int) -> Tensor:  # vs 04: every sampler ends in the decoder
         return vae.to_images(euler_sample(net, x0, steps))
 
-    common.plot_losses(args, flow="squared error of the velocity", reflow="absolute error")
 
     samplers = []
     for method, net in nets.items():

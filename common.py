@@ -7,7 +7,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import re
 import statistics
 import sys
@@ -17,10 +16,10 @@ from pathlib import Path
 
 import matplotlib
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import MNIST
 from torchvision.transforms.functional import to_pil_image, to_tensor
@@ -94,9 +93,8 @@ def load_digits(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, T
 
 def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images (n, 1, 28, 28) in [-1, 1] and labels (n,) of printed digits."""
-    names = ["DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmr10", "cmss10", "cmtt10"]
-    folder = f"{matplotlib.get_data_path()}/fonts/ttf"
-    fonts = [ImageFont.truetype(f"{folder}/{name}.ttf", 80) for name in names]
+    fonts = [ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 80)
+             for name in ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmr10", "cmss10")]
     affine = RandomAffine(degrees=15, translate=(0.05, 0.05), scale=(0.8, 1.1), shear=11)
     images = torch.empty(n, 1, 28, 28)
     with torch.random.fork_rng(devices=[]):
@@ -104,8 +102,8 @@ def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
         labels = torch.randint(10, (n,))
         for i, label in enumerate(labels.tolist()):
             image = Image.new("L", (84, 84))  # drawn three times too large, for smooth edges
-            style = {"font": fonts[i % 6], "anchor": "mm", "stroke_width": i // 6 % 3}
-            ImageDraw.Draw(image).text((42, 42), str(label), 255, **style)
+            ImageDraw.Draw(image).text((42, 42), f"{label}", 255, fonts[i % 5], "mm",
+                                       stroke_width=i % 3)
             images[i] = to_tensor(affine(image).reduce(3)) * 2 - 1
     return images, labels
 
@@ -116,12 +114,10 @@ THIS_CALL = {"script", "device", "off", "resume", "sample_only", "eval_samples",
 
 def number(kind: type, low: float, high: float = 1e9):
     """An argparse type: an int or a float from `low` to `high`."""
-
     def parse(text: str):
         if not low <= (value := kind(text)) <= high:
             raise argparse.ArgumentTypeError(f"{text}: must be {low:g} to {high:g}")
         return value
-
     parse.__name__ = kind.__name__  # for argparse's message "invalid int value"
     return parse
 
@@ -137,7 +133,7 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add("--epochs", type=count, default=epochs, help="passes over the training images")
     add("--batch-size", type=count, default=batch_size, help="images in a training step")
     add("--lr", type=number(float, 1e-9), default=lr, help="peak learning rate of AdamW")
-    add("--ema-decay", type=number(float, 0, 1), default=0.999, help="to average weights")
+    add("--ema-decay", type=number(float, 0, 1), default=0.999, help="of the averaged weights")
     add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--dataset", choices=["mnist", "synthetic"], default="mnist", help="what to learn")
@@ -156,15 +152,15 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dict):
     """Parse the options, after two looks that change defaults only: what is typed wins.
 
-    --fast-dev takes its defaults from `fast_dev`, --resume and --sample-only from args.state,
-    the checkpoint.
+    --fast-dev takes its defaults from `fast_dev`; --resume and --sample-only take them from the
+    checkpoint, which is kept as args.state.
     """
-    script = parser.get_default("script")
+    script, state = parser.get_default("script"), {"history": [], "networks": {}, "training": {}}
     if parser.parse_args(argv).fast_dev:
         folder = Path("runs/fast_dev", script)
         parser.set_defaults(**fast_dev, dataset="synthetic", out_dir=folder)
     look = parser.parse_args(argv)
-    path, state = look.out_dir / "checkpoint.pt", {"history": [], "networks": {}}
+    path = look.out_dir / "checkpoint.pt"
     if look.resume or look.sample_only:
         shipped = Path(__file__).parent / "weights" / f"{script}.pt"
         state = load_checkpoint(path if look.resume or path.exists() else shipped, script)
@@ -175,8 +171,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dic
     args.checkpoint, args.state = path, state
     if args.batch_size > args.train_images:
         parser.error(f"--batch-size {args.batch_size}: only {args.train_images} images")
-    if args.eval_samples is None:
-        args.eval_samples = 10_000 if args.device == "cuda" else 0
     args.speed = [x for x in SPEED_UPS if args.device == "cuda" and x not in args.off]
     with one_line_error(f"--out-dir {args.out_dir} cannot be made"):
         args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -188,9 +182,8 @@ def one_line_error(what: str):
     """Whatever goes wrong in the block ends the script in one line, which begins with `what`."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001, for a user has to read it
-        reason = " ".join(str(error).split())[:200]
-        sys.exit(f"{what} ({type(error).__name__}: {reason})")
+    except Exception as error:  # noqa: BLE001, each is shown
+        sys.exit(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
 
 def as_function(model: nn.Module, args: argparse.Namespace, sampling: bool = False):
@@ -220,27 +213,21 @@ class Stage:
         self.steps = len(data[0]) // args.batch_size  # in an epoch
         total, warm_up = epochs * self.steps, min(200, epochs * self.steps / 10)
         self.model, self.net = model, as_function(model, args)
-        decay = min(args.ema_decay, 1 - 10 / max(total, 10))  # at most a tenth of the run
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        self.ema = self.average.module.eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(  # up, then straight down to zero
-            self.optimizer, lambda i: min((i + 1) / warm_up, 1) * max(1 - i / total, 0))
+        decay = min(args.ema_decay, 1 - 10 / max(total, 10))  # averages a tenth of a short run
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.ema = average.module.eval().requires_grad_(False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr, fused=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(  # up, then straight down to zero
+            optimizer, lambda i: min((i + 1) / warm_up, 1) * max(1 - i / total, 0))
         self.rng = torch.Generator(args.device).manual_seed(args.seed)
-        self.parts = {"model": model, "average": self.average, "optimizer": self.optimizer,
-                      "scheduler": self.scheduler}
-        saved = args.state.get("training", {"stage": None})
-        if saved["stage"] == name:  # in the middle of this stage, or at its end
-            self.done = sum(epoch["stage"] == name for epoch in args.state["history"])
+        self.parts = model, average, optimizer, scheduler
+        if saved := args.state["training"].get(name):
             with one_line_error(f"{args.checkpoint} does not fit these options"):
-                for part in self.parts:
-                    self.parts[part].load_state_dict(saved[part])
-            self.scheduler.base_lrs = [lr]  # it may be a new one
+                for part, state in zip(self.parts, saved["parts"]):
+                    part.load_state_dict(state)
+            self.done, scheduler.base_lrs = saved["done"], [lr]  # the rate may be a new one
             if args.state["device"] == args.device:  # a GPU cannot use a CPU's random state
                 self.rng.set_state(saved["rng"])
-        elif name in args.state["networks"]:  # past this stage
-            self.done = epochs
-            load_networks(args.state, {name: self.ema})
 
     def __iter__(self):
         bar = tqdm(total=self.epochs * self.steps, desc=self.name, mininterval=1,
@@ -252,33 +239,36 @@ class Stage:
                 yield [part[index] for part in self.data]
                 if bar.update():  # once a second, since reading a loss makes a GPU wait
                     bar.set_postfix(loss=f"{torch.stack(self.losses[-100:]).mean():.4f}")
-            self.done += 1
-            self.save_checkpoint(time.perf_counter() - start)
+            self.end_epoch(time.perf_counter() - start)
         bar.close()
 
     def step(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
+        _, average, optimizer, scheduler = self.parts
+        optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
-        self.scheduler.step()
-        self.average.update_parameters(self.model)
+        optimizer.step()
+        scheduler.step()
+        average.update_parameters(self.model)
         self.losses.append(loss.detach())
 
-    def save_checkpoint(self, seconds: float) -> None:
-        """All that --resume needs, at the end of an epoch."""
+    def end_epoch(self, seconds: float) -> None:
+        """Keep all that --resume needs."""
         args, state, loss = self.args, self.args.state, torch.stack(self.losses).mean().item()
         if not math.isfinite(loss):
             sys.exit(f"the loss became {loss}; try a lower --lr ({args.checkpoint} is unchanged)")
-        rate, lr = self.steps * args.batch_size / seconds, self.scheduler.get_last_lr()[0]
-        state["history"].append({"stage": self.name, "epoch": self.done, "loss": loss, "lr": lr,
-                                 "seconds": seconds, "images_per_second": rate})
+        self.done += 1
+        state["history"].append({
+            "stage": self.name, "epoch": self.done, "loss": loss, "seconds": seconds,
+            "images_per_second": self.steps * args.batch_size / seconds,
+            "lr": self.parts[-1].get_last_lr()[0]})
         state["networks"][self.name] = self.ema.state_dict()
-        state["training"] = {name: part.state_dict() for name, part in self.parts.items()}
-        state["training"] |= {"stage": self.name, "rng": self.rng.get_state()}
+        parts = [part.state_dict() for part in self.parts]
+        saved = {"done": self.done, "parts": parts, "rng": self.rng.get_state()}
+        state["training"][self.name] = saved
         state |= origin(args)
         save(args.checkpoint, state)
-        metrics = [json.dumps(epoch) + "\n" for epoch in state["history"]]
-        (args.out_dir / "metrics.jsonl").write_text("".join(metrics))
+        metrics = "\n".join(json.dumps(epoch) for epoch in state["history"])
+        (args.out_dir / "metrics.jsonl").write_text(metrics)
 
 
 def save(path: Path, state: dict) -> None:
@@ -291,7 +281,7 @@ def origin(args: argparse.Namespace) -> dict:
     """What made a file: script, machine, and the options of the run."""
     cpuinfo = Path("/proc/cpuinfo")  # where Linux names the processor
     names = re.findall("model name.*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    cpu = f"{os.cpu_count()} cores, {(names or [platform.processor()])[0]}"
+    cpu = f"{os.cpu_count()} cores, {(names or ['unknown CPU'])[0]}"
     kept = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, list))}
     return {"script": args.script, "args": {k: kept[k] for k in kept.keys() - THIS_CALL},
             "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
@@ -300,75 +290,74 @@ def origin(args: argparse.Namespace) -> dict:
 
 def load_checkpoint(path: Path, script: str) -> dict:
     """What `script` saved in `path`, on the CPU; anything else ends in one line."""
-    if not path.exists():
-        sys.exit(f"no checkpoint {path}: train first, or name its folder with --out-dir")
-    with one_line_error(f"{path} is damaged, or not a checkpoint of {script}.py"):
+    with one_line_error(f"cannot use {path} as a checkpoint of {script}.py"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         assert state["script"] == script, f"it is one of {state['script']}.py"
         assert {"args", "networks", "history", "hardware", "device"} <= state.keys()
     print(f"{script}: weights from {path}")
-    return state | {"path": str(path)}
+    return {"training": {}} | state | {"path": str(path)}
 
 
 def load_networks(state: dict, models: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The same models, ready to sample from, with the weights that a checkpoint has of each."""
-    if missing := models.keys() - state["networks"].keys():
-        sys.exit(f"{state['path']} has no {missing.pop()} yet: continue it with --resume")
-    with one_line_error(f"{state['path']} does not fit these options"):
-        for name, model in models.items():
-            model.load_state_dict(state["networks"][name])
-            model.eval()
+    for name, model in models.items():
+        if name not in state["networks"]:
+            sys.exit(f"{state['path']} has no {name} yet: continue it with --resume")
+        with one_line_error(f"{state['path']} does not fit these options"):
+            model.eval().load_state_dict(state["networks"][name])
     return models
 
 
 def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
     """What sample(noise, rng) returns, and the median seconds of up to five more runs; on a CPU
     the first run counts if it takes over five seconds."""
-    rng, seconds = torch.Generator(noise.device).manual_seed(seed), []
+    rng, images, seconds = torch.Generator(noise.device).manual_seed(seed), [], []
     while len(seconds) < 1 + noise.is_cuda or len(seconds) < 6 and sum(seconds) < 5:
         start = time.perf_counter()
-        images = sample(noise, rng)
-        images.sum().item()  # waits for the device
+        images.append(sample(noise, rng))
+        images[-1].sum().item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-        first = first if len(seconds) > 1 else images  # noqa: F821
-    return first, statistics.median(seconds[1:] or seconds)
+    return images[0], statistics.median(seconds[1:] or seconds)
 
 
 def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
     """Draw, time and keep what each of the samplers makes of the same noise; fast ones first.
 
     A sampler is (made, sample): `made` has a name, and method, sampler and steps for
-    05_compare.py; sample(noise, rng) returns images. Pictures come first, timings follow.
+    05_compare.py; sample(noise, rng) returns images.
     """
-    rows, timings = {}, []
+    stages, history = {}, args.state["history"]
+    for epoch in history:
+        xs, ys = stages.setdefault(epoch["stage"], ([], []))
+        xs.append(epoch["epoch"])
+        ys.append(epoch["loss"])
+    save_plot(args.out_dir / "loss.png", stages, title="Training loss", xlabel="epoch", yscale="log")
+    rows, timings, large = {}, [], noise.repeat(64 if noise.is_cuda else 4, 1, 1, 1)
     for made, sample in samplers:
         images, seconds = time_sampler(sample, noise, args.seed)
         title = f"{made['name']}: {len(noise)} digits in {seconds:.3f} s"
-        print(title)
         made["file"] = re.sub("[ ,=]+", "_", made["name"])
         save_grid(images, args.out_dir / f"samples_{made['file']}.png", title, columns=8)
         rows[f"{made['name']}\n{seconds:.3f} s"] = images[:10]
-        timings.append(made | {"images": len(noise), "seconds": seconds})
-    save_grid(torch.cat([*rows.values()]), args.out_dir / "samples.png", overview, 10, [*rows])
-    large = noise.repeat(64 if noise.is_cuda else 4, 1, 1, 1)
-    for (made, sample), timing in zip(samplers, timings):
         rate = len(large) / time_sampler(sample, large, args.seed)[1]
-        timing |= {"large_batch": len(large), "images_per_second": rate}
-        print(f"{made['name']}: {rate:.1f} images/s in batches of {len(large)}")
-    seconds = sum(epoch["seconds"] for epoch in args.state["history"])
-    report = {"training_seconds": seconds, "trained_on": args.state["hardware"], **more}
-    report = json.dumps(origin(args) | report | {"samplers": timings}, indent=1)
-    (args.out_dir / "timings.json").write_text(report)
-    for made, sample in samplers if args.eval_samples else ():
+        print(f"{title}; {rate:.1f} images/s in batches of {len(large)}")
+        timings.append(made | {"images": len(noise), "seconds": seconds,
+                               "large_batch": len(large), "images_per_second": rate})
+    save_grid(torch.cat([*rows.values()]), args.out_dir / "samples.png", overview, 10, [*rows])
+    report = origin(args) | more | {"trained_on": args.state["hardware"], "samplers": timings}
+    report["training_seconds"] = sum(epoch["seconds"] for epoch in history)
+    (args.out_dir / "timings.json").write_text(json.dumps(report, indent=1))
+    wanted = args.eval_samples if args.eval_samples is not None else 10_000 * noise.is_cuda
+    for made, sample in samplers if wanted else ():
         rng = torch.Generator(args.device).manual_seed(args.seed)
         noise_rng = torch.Generator().manual_seed(args.seed + 1)
-        size, images = min(args.eval_samples, 1000 if noise.is_cuda else 50), []
-        for _ in tqdm(range(0, args.eval_samples, size), f"{args.eval_samples}, {made['name']}"):
+        size, images = min(wanted, 1000 if noise.is_cuda else 50), []
+        for _ in tqdm(range(0, wanted, size), f"{wanted}, {made['name']}"):
             part = torch.randn(size, *noise.shape[1:], generator=noise_rng).to(args.device)
             images.append(to_uint8(sample(part, rng)))
-        made["images"] = torch.cat(images)[: args.eval_samples]
+        made["images"] = torch.cat(images)[:wanted]
         if "classes" in made:  # they were asked for in turn
-            made["labels"] = torch.arange(args.eval_samples) % made["classes"]
+            made["labels"] = torch.arange(wanted) % made["classes"]
         save(args.out_dir / f"eval_{made['file']}.pt", origin(args) | made)
 
 
@@ -392,16 +381,6 @@ def save_gif(frames: list[Tensor], path: Path, columns: int) -> None:
     film = [to_pil_image(grid.repeat_interleave(3, 1).repeat_interleave(3, 2)) for grid in grids]
     durations = [120] * (len(film) - 1) + [2000]  # milliseconds
     film[0].save(path, append_images=film[1:], save_all=True, loop=0, duration=durations)
-
-
-def plot_losses(args: argparse.Namespace, **units: str) -> None:
-    """loss.png: the training loss of each stage; `units` maps its name to its unit."""
-    lines = {}
-    for stage, unit in units.items():
-        epochs = [x for x in args.state["history"] if x["stage"] == stage]
-        lines[f"{stage}: {unit}"] = [x["epoch"] for x in epochs], [x["loss"] for x in epochs]
-    labels = {"title": "Training loss", "xlabel": "epoch", "ylabel": "loss", "yscale": "log"}
-    save_plot(args.out_dir / "loss.png", lines, **labels)
 
 
 def save_plot(path: Path, lines: dict, style: str = ".-", **labels) -> None:
