@@ -1,37 +1,34 @@
 """DDPM and DDIM on MNIST: one network that predicts noise, and two ways to sample with it.
 
-Diffusion destroys an image in T small steps. Each step shrinks the image a little and adds a
-little Gaussian noise, until only noise is left. Many Gaussian steps in a row are one Gaussian
-step, so we can draw x_t from x_0 directly, and train a network on one random t at a time to tell
-which noise was added. To sample, we start from pure noise and walk back. DDPM takes T small random
-steps, each of which undoes one step of noise. DDIM takes a few large steps without randomness:
-it asks the network which image it expects, moves towards it, and asks again.
+Diffusion destroys an image in T small steps: each shrinks it a little and adds a little
+Gaussian noise. Many such steps in a row are one Gaussian step, so we can draw x_t from x_0
+directly, and train a network on one random t at a time to tell which noise was added. To
+sample, walk back from pure noise. DDPM takes T small random steps, each of which undoes one
+step of noise. DDIM takes a few large ones: it asks the network which image it expects, moves
+towards that image, and asks again.
 
-    q(x_t | x_{t-1}) = N(√α_t x_{t-1}, β_t I),  α_t = 1 - β_t        Ho et al. 2020, Eq. 2
-    q(x_t | x_0)     = N(√ᾱ_t x_0, (1-ᾱ_t) I),  ᾱ_t = α_1 ⋯ α_t      Ho, Eq. 4: t steps in one
-    loss  = E ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖²                   Ho, Eq. 14
-    x̂_0   = (x_t - √(1-ᾱ_t) ε̂) / √ᾱ_t                                Ho, Eq. 15
-    DDPM:  x_{t-1} = µ̃ + √β̃_t z,  z ~ N(0, I),  β̃_t = β_t (1-ᾱ_{t-1}) / (1-ᾱ_t)
-           µ̃ = (√ᾱ_{t-1} β_t x̂_0 + √α_t (1-ᾱ_{t-1}) x_t) / (1-ᾱ_t)   Ho, Eq. 6, 7
-    DDIM:  x_s = √ᾱ_s x̂_0 + √(1-ᾱ_s) ε̂  for a next time s < t        Song et al. 2021, Eq. 12
+    q(x_t | x_{t-1}) = N(√α_t x_{t-1}, β_t I),  α_t = 1 - β_t     Ho et al. 2020, Eq. 2
+    q(x_t | x_0)     = N(√ᾱ_t x_0, (1-ᾱ_t) I),  ᾱ_t = α_1 ⋯ α_t   Ho, Eq. 4
+    loss  = E ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖²                Ho, Eq. 14; in code: mean
+    x̂_0   = (x_t - √(1-ᾱ_t) ε̂) / √ᾱ_t with ε̂ = ε_θ(x_t, t)        Ho, Eq. 15
+    DDPM:  x_{t-1} = µ̃ + √β̃_t z,  z ~ N(0, I)                     Ho, Eq. 6, 7, with
+           µ̃ = (√ᾱ_{t-1} β_t x̂_0 + √α_t (1-ᾱ_{t-1}) x_t) / (1-ᾱ_t),  β̃_t = β_t (1-ᾱ_{t-1}) / (1-ᾱ_t)
+    DDIM:  x_r = √ᾱ_r x̂_0 + √(1-ᾱ_r) ε̂ for the next time r < t    Song et al. 2021, Eq. 12
 
     paper           code                      shape
     x_0, x_t, ε     x0, x_t, noise            (B, 1, 28, 28), x0 in [-1, 1]
     t = 1 ... T     t = 0 ... T-1             (B,); t = -1 in the samplers is the clean image
-    β_t, α_t, ᾱ_t   betas, alphas, alpha_bars (T,), float64; ᾱ_t is Song's α_t
+    β_t, α_t, ᾱ_t   betas, alphas, alpha_bars (T,); Song writes α_t for ᾱ_t
     ε̂ = ε_θ(x_t, t) eps = model(x_t, t)       (B, 1, 28, 28)
-
-The code averages the squared error over the pixels, where the equation sums.
 
     python 01_ddpm_ddim.py                              40 epochs, for a GPU
     python 01_ddpm_ddim.py --epochs 8 --batch-size 64   an hour on two CPU cores
-    python 01_ddpm_ddim.py --sample-only                no training: the shipped weights
-    python 01_ddpm_ddim.py --fast-dev                   everything in miniature, in seconds
 
-RESULT
+Measured: 8 epochs in 58 minutes on two cores of an AMD EPYC. Fréchet distance of 1,000 samples
+(05_compare.py; training digits score 0.155): DDIM-10 1.78, DDIM-100 0.907, DDPM
+0.586, perhaps because its fresh noise hides errors of a network trained so briefly.
 
-Left out: learned variances and importance-sampled t (Nichol & Dhariwal 2021), and networks that
-predict x_0 or v instead of ε.
+Left out: learned variances (Nichol & Dhariwal 2021); networks that predict x_0, not ε.
 """
 
 import math
@@ -52,31 +49,25 @@ from common import Attention, ResBlock, number
 def parse_args(argv: list[str] | None = None):
     parser = common.make_parser(__file__, "DDPM and DDIM on MNIST.", 40, 128, 2e-3)
     add, count = parser.add_argument, number(int, 1)
-    add("--width", type=int, choices=[8, 16, 32, 64, 128], default=32, help="channels at 28x28")
+    add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
     add("--timesteps", type=number(int, 2), default=1000, help="T, steps from image to noise")
     add("--ddim-steps", type=count, default=100, help="network calls of DDIM")
     add("--ddim-sweep", type=count, nargs="+", default=[10, 20, 50, 250], help="others to compare")
     tiny = {"epochs": 8, "batch_size": 16, "train_images": 256, "width": 8, "timesteps": 20,
             "ddim_steps": 10, "ddim_sweep": [2, 5], "eval_samples": 20}
     args = common.parse(parser, argv, tiny)
-    if (most := max(args.ddim_steps, *args.ddim_sweep)) > args.timesteps:
-        parser.error(f"DDIM takes at most --timesteps {args.timesteps} steps, not {most}")
+    if max(args.ddim_steps, *args.ddim_sweep) > args.timesteps:
+        parser.error(f"DDIM takes at most --timesteps {args.timesteps} steps")
     return args
 
 
-# ---------------------------------------------------------------------------------- network
-
-
 class UNet(nn.Module):
-    """Images (B, 1, H, W) and times (B,) from 0 to t_max -> (B, 1, H, W), zero when untrained.
-
-    H and W are multiples of 4, width of 8. With width 32 it has 0.64M weights.
-    """
+    """(B, 1, H, W), H and W multiples of 4, and times (B,) from 0 to t_max -> (B, 1, H, W)."""
 
     def __init__(self, width: int, t_max: float):
         super().__init__()
         c1, c2, c_time = width, 2 * width, 4 * width
-        self.c_time, self.time_scale = c_time, 1000 / t_max
+        self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
         self.time = nn.Sequential(
             nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time), nn.SiLU()
         )
@@ -100,13 +91,11 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))
         h0 = self.down0(self.conv_in(x), emb)  # (B, c1, H, W)
-        h1 = self.down1(self.down0_to_1(h0), emb)  # (B, c2, H/2, W/2)
-        h1 = self.down1_attention(h1)
+        h1 = self.down1_attention(self.down1(self.down0_to_1(h0), emb))  # (B, c2, H/2, W/2)
         h = self.mid1(self.down1_to_mid(h1), emb)  # (B, c2, H/4, W/4)
         h = self.mid2(self.mid_attention(h), emb)
         h = self.mid_to_up0(F.interpolate(h, scale_factor=2.0))  # (B, c2, H/2, W/2)
-        h = self.up0(torch.cat([h, h1], dim=1), emb)  # the skip
-        h = self.up0_attention(h)
+        h = self.up0_attention(self.up0(torch.cat([h, h1], dim=1), emb))
         h = self.up0_to_1(F.interpolate(h, scale_factor=2.0))  # (B, c1, H, W)
         h = self.up1(torch.cat([h, h0], dim=1), emb)
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 1, H, W)
@@ -117,26 +106,21 @@ def make_models(args) -> dict[str, nn.Module]:
     return {"diffusion": model.to(args.device, memory_format=torch.channels_last)}
 
 
-# ----------------------------------------------------------------------------------- method
-
-
 class Schedule(NamedTuple):
-    """How much noise there is at each t: for the samplers in float64 on the CPU, from where they
-    read one number a step, and for training in float32 on the device.
-    """
+    """How much noise there is at each t, (T,) each."""
 
-    betas: Tensor  # β_t, (T,)
+    betas: Tensor  # β_t, float64 on the CPU: the samplers read single numbers
     alphas: Tensor  # α_t = 1 - β_t
     alpha_bars: Tensor  # ᾱ_t = α_0 ⋯ α_t
-    signal: Tensor  # √ᾱ_t, float32
-    noise: Tensor  # √(1-ᾱ_t), float32
+    signal_scale: Tensor  # √ᾱ_t, float32 on the device, for training
+    noise_scale: Tensor  # √(1-ᾱ_t)
 
 
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
-    """The cosine schedule: √ᾱ_t = cos θ_t and √(1-ᾱ_t) = sin θ_t, with θ_t evenly spaced.
+    """The cosine schedule: √ᾱ_t = cos θ_t, √(1-ᾱ_t) = sin θ_t, with θ_t evenly spaced.
 
-    Nichol & Dhariwal 2021, Eq. 17, but 0.01 short of both ends: t = 0 has a little noise to
-    predict, and at t = T-1, for any T, √ᾱ = 0.01 hides the image and is not yet a division by 0.
+    Nichol & Dhariwal 2021, Eq. 17, but 0.01 short of both ends, for any T: at t = 0 there is a
+    little noise to predict, and at t = T-1 the samplers can still divide by √ᾱ = 0.01.
     """
     theta = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = theta.cos() ** 2
@@ -148,7 +132,8 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, ...); t: (B,) in 0 ... T-1."""
     shape = (-1, *[1] * (x0.dim() - 1))
-    return schedule.signal[t].view(shape) * x0 + schedule.noise[t].view(shape) * noise
+    signal, sigma = (table[t].view(shape) for table in schedule[3:])
+    return signal * x0 + sigma * noise
 
 
 def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rng=None) -> Tensor:
@@ -163,9 +148,6 @@ def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rn
     return F.mse_loss(model(q_sample(schedule, x0, t, noise), t), noise)
 
 
-# --------------------------------------------------------------------------------- samplers
-
-
 def posterior(schedule: Schedule, t: int, x_t: Tensor, x0: Tensor) -> tuple[Tensor, float]:
     """Mean µ̃ and variance β̃_t of q(x_{t-1} | x_t, x_0), Ho et al. 2020, Eq. 6 and 7."""
     beta, alpha, ab = (float(table[t]) for table in schedule[:3])
@@ -176,17 +158,14 @@ def posterior(schedule: Schedule, t: int, x_t: Tensor, x0: Tensor) -> tuple[Tens
 
 @torch.no_grad()
 def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None, clamp=True) -> Tensor:
-    """Ho et al. 2020, Algorithm 2: T random steps from noise x_T (B, ...) to an image.
-
-    Written with x̂_0, to clamp it to [-1, 1]; with clamp=False this is Algorithm 2 to the letter,
-    with σ_t² = β̃_t.
-    """
+    """Ho et al. 2020, Algorithm 2 with σ_t² = β̃_t, written with x̂_0 in order to clamp it: T
+    random steps from noise x_T (B, ...) to an image."""
     x, timesteps = x_T, len(schedule.betas)
-    for t in tqdm(reversed(range(timesteps)), "DDPM", timesteps, leave=False, delay=2):
+    for t in tqdm(range(timesteps)[::-1], "DDPM", leave=False, delay=2):
         ab = float(schedule.alpha_bars[t])
         eps = model(x, torch.full((len(x),), t, device=x.device))
         x0_hat = (x - (1 - ab) ** 0.5 * eps) / ab**0.5
-        if clamp:
+        if clamp:  # for the division by √ᾱ, 0.01 at T-1, makes its error large
             x0_hat = x0_hat.clamp(-1, 1)
         x, variance = posterior(schedule, t, x, x0_hat)
         if t > 0:  # the last step adds no noise
@@ -195,7 +174,7 @@ def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None, clamp=True) ->
 
 
 def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
-    """(t, next t), evenly spaced from T-1 down to -1, no noise: [(999, 989), ..., (9, -1)]."""
+    """(t, next t), evenly from T-1 down to -1 (no noise): [(999, 989), ..., (9, -1)]."""
     if not 1 <= steps <= timesteps:
         raise ValueError(f"DDIM takes 1 to {timesteps} steps, not {steps}")
     times = torch.linspace(timesteps - 1, -1, steps + 1, dtype=torch.float64).round().int()
@@ -211,12 +190,13 @@ def ddim_sample(
     eta = 0 is deterministic; eta = 1 adds the noise of Eq. 16 and is DDPM if steps = T.
     `trace(t, x_t, x0_hat)`, if given, sees every step.
     """
-    x, alpha_bars = x_T, [*schedule.alpha_bars.tolist(), 1.0]  # ᾱ_{-1} = 1, no noise
-    for t, t_next in tqdm(ddim_pairs(len(schedule.betas), steps), "DDIM", leave=False, delay=2):
+    x, alpha_bars = x_T, [*schedule.alpha_bars.tolist(), 1.0]  # so index -1 has no noise
+    pairs = ddim_pairs(len(schedule.betas), steps)
+    for t, t_next in tqdm(pairs, "DDIM", leave=False, delay=2):
         ab, ab_next = alpha_bars[t], alpha_bars[t_next]
         eps = model(x, torch.full((len(x),), t, device=x.device))
         x0_hat = (x - (1 - ab) ** 0.5 * eps) / ab**0.5
-        if clamp:  # then derive ε̂ again, or x̂_0 and ε̂ no longer make up x_t
+        if clamp:  # and derive ε̂ again, so that still x_t = √ᾱ x̂_0 + √(1-ᾱ) ε̂
             x0_hat = x0_hat.clamp(-1, 1)
             eps = (x - ab**0.5 * x0_hat) / (1 - ab) ** 0.5
         if trace:
@@ -228,11 +208,8 @@ def ddim_sample(
     return x
 
 
-# --------------------------------------------------------------------------------- training
-
-
 def train(args) -> dict[str, nn.Module]:
-    """Train the network; returns its moving average."""
+    """Train the network; returns the moving average of its weights."""
     images, labels = common.load_digits(args)
     schedule = make_schedule(args.timesteps, args.device)
     torch.manual_seed(args.seed)
@@ -243,16 +220,13 @@ def train(args) -> dict[str, nn.Module]:
     return {"diffusion": stage.ema}
 
 
-# ------------------------------------------------------------------------ figures and timings
-
-
 def make_figures(args, diffusion: nn.Module) -> None:
-    """16 digits from the same noise by every sampler: pictures, timings, and sets for 05."""
+    """16 digits from the same noise by every sampler: pictures, timings, sets for 05."""
     net = common.as_function(diffusion, args, sampling=True)
     schedule = make_schedule(args.timesteps)
-    x_T = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(args.seed))
-    x_T = x_T.to(args.device)  # drawn on the CPU: the same noise on every device
-    draw_path(args, partial(ddim_sample, net, schedule, x_T, args.ddim_steps))
+    rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
+    noise = torch.randn(16, 1, 28, 28, generator=rng).to(args.device)
+    draw_path(args, partial(ddim_sample, net, schedule, noise, args.ddim_steps))
 
     samplers = []
     for n in sorted({args.ddim_steps, *args.ddim_sweep}):
@@ -261,7 +235,7 @@ def make_figures(args, diffusion: nn.Module) -> None:
     n = args.timesteps
     made = {"name": f"DDPM, {n} steps", "method": "diffusion", "sampler": "DDPM", "steps": n}
     samplers.append((made, lambda x, rng: ddpm_sample(net, schedule, x, rng)))
-    common.measure(args, samplers, x_T, "One network; columns share their noise")
+    common.measure(args, samplers, noise, "One network; columns share their noise")
 
 
 def draw_path(args, sample) -> None:
@@ -269,23 +243,25 @@ def draw_path(args, sample) -> None:
     path = []  # (t, x_t, x̂_0) at every step
     sample(trace=lambda *state: path.append(state))
     stills = [path[i] for i in torch.linspace(0, len(path) - 1, 10).int()]
-    title = f"DDIM, {len(path)} steps: x_t, and below it x̂₀, the image that the network expects"
+    title = f"DDIM, {len(path)} steps: x_t, and below it x̂₀, which the network expects"
     images = [state[k][digit] for digit in range(4) for k in (1, 2) for state in stills]
     common.save_grid(torch.stack(images), args.out_dir / "samples_path.png", title, columns=10,
                      rows=["x_t", "x̂₀"] * 4, below=[f"t={t}" for t, _, _ in stills])
-    film = [torch.cat([x_t[:8], x0_hat[:8]]) for _, x_t, x0_hat in [*path[::4], path[-1]]]
+    film = [torch.cat([x_t[:8], x0_hat[:8]]) for _, x_t, x0_hat in path[::-4][::-1]]
     common.save_gif(film, args.out_dir / "path.gif", columns=8)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        ready = args.sample_only
-        models = common.load_networks(args.state, make_models(args)) if ready else train(args)
+        if args.sample_only:
+            models = common.load_networks(args.state, make_models(args))
+        else:
+            models = train(args)
         make_figures(args, **models)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; --resume continues from {args.checkpoint} if an epoch was finished")
-    print(f"pictures, timings and weights are in {args.out_dir}")
+        sys.exit(f"stopped; --resume continues from {args.checkpoint} after its last epoch")
+    print(f"the results are in {args.out_dir}")
 
 
 if __name__ == "__main__":

@@ -1,38 +1,36 @@
-"""How good and how fast are the samples? One classifier scores them, and judges the report's claims.
+"""How good and how fast are the samples? One classifier scores them and judges five claims.
 
-A picture shows that digits look like digits. It does not show whether all kinds of digits are
-there, or how much ten steps lose against a hundred. So a small classifier, trained once on MNIST,
-turns each image into 64 numbers, its features. We compare the cloud of a sampler's images with the
-cloud of the 10,000 test digits: by the distance between Gaussians fitted to both; by the share of
-samples inside the cloud of digits (precision: are they digits?); and by the share of digits inside
-the cloud of samples (recall: are all digits there?). Training digits in place of samples show what
-a perfect sampler would score: the floor.
+A picture shows that digits look like digits, but not whether all kinds of digits are there, or
+what ten steps lose against a hundred. So a small classifier, trained once on MNIST, turns each
+image into 64 numbers, its features. We compare the cloud of a sampler's images with the cloud
+of the test digits: by the distance between Gaussians fitted to both; by the share of samples
+inside the cloud of digits (precision: are they digits?); by the share of digits inside the
+cloud of samples (recall: are all there?). Training digits score what a perfect sampler would.
 
-    FD        = |µ_r - µ_g|² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)          Heusel et al. 2017, Eq. 6
-    precision = share of φ_g with |φ_g - φ_r| ≤ R(φ_r) for some φ_r   Kynkäänniemi et al. 2019,
-    recall    = share of φ_r with |φ_r - φ_g| ≤ R(φ_g) for some φ_g   section 2
+    FD        = |µ_r - µ_g|² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)     Heusel et al. 2017, Eq. 6
+    precision = share of φ_g with |φ_g - φ_r| ≤ R(φ_r) for some φ_r    Kynkäänniemi et al. 2019
+    recall    = share of φ_r with |φ_r - φ_g| ≤ R(φ_g) for some φ_g
     R(φ) is the distance from φ to its third-nearest neighbour in its own set
 
     paper           code                               shape
-    φ_r, φ_g        real, fake = features(judge, x)    (10,000, 64), (N, 64), float64
+    φ_r, φ_g        real, phi: features(judge, x)[0]   (10,000, 64), (N, 64), float64
     µ, Σ            means and covariances of those     (64,), (64, 64)
 
-FD is called a distance, but is a squared one. A small set scores too high, so only sets of equal
-size N stand in one table, with the floor for this N. Precision and recall compare N samples with N
-test digits. The sets are runs/*/eval_*.pt, which the other scripts write with --eval-samples: a
-dict of `images`, uint8 (N, 1, 28, 28); `labels` (N,) where a class was asked for; `method`,
-`sampler`, `steps`, `guidance`. The times come from timings.json beside them.
+FD is called a distance, but it is a squared one. Small sets score too high, so only sets of
+equal size N stand in one table, with the score of N training digits: the floor. Precision and
+recall compare N samples with N test digits. The sets are the files runs/*/eval_*.pt, which the
+other scripts write with --eval-samples; the times come from timings.json beside them.
 
-    python 05_compare.py                      score what is in runs/: tables, plots, verdicts
-    python 05_compare.py --eval-samples 1000  the same for the first 1,000 images of each set
-    python 05_compare.py FILE.pt FOLDER       score these: a .pt, or a folder of 28x28 PNGs
-    python 05_compare.py --train-judge        train the classifier again
-    python 05_compare.py --fast-dev           everything in miniature, on runs/fast_dev
+    python 05_compare.py                       score what is in runs/: tables, plots, verdicts
+    python 05_compare.py --eval-samples 1000   the first 1,000 images of each set
+    python 05_compare.py FILE.pt FOLDER        score these: a .pt, or a folder of 28x28 PNGs
+    python 05_compare.py --train-judge         train the classifier again
 
-RESULT
-
-Left out: confidence intervals (retraining moves a distance by 1-3%); the Inception network of the
-usual FID, which was trained on photographs.
+The classifier learned in 4 minutes on two cores of an AMD EPYC and reads 99.66% of the test
+digits. For scale, 1,000 images each: training digits 0.155, without the digit 0 2.7, with a
+blur of one pixel 4.5, with noise of a tenth of the pixels' range 15, pure noise 88. Read recall
+beside precision: samples that are spread too widely catch many digits.
+Training a network again moves its distance by 1-3%.
 """
 
 import json
@@ -59,18 +57,14 @@ def parse_args(argv: list[str] | None = None):
     parser.set_defaults(eval_samples=10_000)
     tiny = {"epochs": 2, "batch_size": 32, "train_images": 512, "runs": Path("runs/fast_dev")}
     look = parser.parse_args(argv)
-    train_it = look.train_judge or look.resume or look.fast_dev
-    parser.set_defaults(sample_only=not train_it)
+    parser.set_defaults(sample_only=not (look.train_judge or look.resume or look.fast_dev))
     args = common.parse(parser, argv, tiny)
     args.files = [Path(file) for file in args.files]
     if args.eval_samples < 5:
         parser.error(f"--eval-samples {args.eval_samples}: a set needs at least 5")
-    if not train_it and args.dataset != (known := args.state["args"]["dataset"]):
+    if args.sample_only and args.dataset != (known := args.state["args"]["dataset"]):
         parser.error(f"the classifier knows only {known}; --train-judge trains another one")
     return args
-
-
-# ---------------------------------------------------------------------------------- network
 
 
 def conv(c_in: int, c_out: int) -> list[nn.Module]:
@@ -98,12 +92,9 @@ def make_models(args) -> dict[str, nn.Module]:
     return {"judge": Judge().to(args.device)}
 
 
-# ---------------------------------------------------------------------------------- metrics
-
-
 @torch.no_grad()
 def features(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, 1, 28, 28) -> features (N, 64), float64, and the digits (N,) it reads."""
+    """uint8 images (N, 1, 28, 28) -> features (N, 64), float64, and digits (N,) as read."""
     weight, phi, digits = judge.classify.weight, [], []
     for part in images.split(500):
         phi.append(judge.features(part.to(weight.device) / 127.5 - 1))
@@ -112,16 +103,16 @@ def features(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
-    """FD between the Gaussians fitted to two sets of features (N, D), (M, D); 0 if they are equal.
+    """FD between the Gaussians fitted to two sets of features, (N, D) and (M, D).
 
-    A QR decomposition gives factors with Σ = rᵀr. The eigenvalues of Σ_r Σ_g are the squared
-    singular values of r_r r_gᵀ, and their sum is tr (Σ_r Σ_g)^½: no matrix root is needed.
+    A QR decomposition gives factors with Σ = AᵀA. The singular values of A_r A_gᵀ are the roots
+    of the eigenvalues of Σ_r Σ_g, so their sum is tr (Σ_r Σ_g)^½: no matrix root is needed.
     """
-    r_r, r_g = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R
+    a_r, a_g = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R
                 for x in (real, fake))
     mean = (real.mean(0) - fake.mean(0)).square().sum()
-    cross = torch.linalg.matrix_norm(r_r @ r_g.mT, "nuc")  # the sum of the singular values
-    return (mean + r_r.square().sum() + r_g.square().sum() - 2 * cross).item()
+    cross = torch.linalg.matrix_norm(a_r @ a_g.mT, "nuc")  # the sum of the singular values
+    return (mean + a_r.square().sum() + a_g.square().sum() - 2 * cross).item()
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
@@ -139,19 +130,16 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
 
 def score(judge: Judge, real: Tensor, samples: dict) -> dict:
-    """A row of the table: how the samples were made (method, sampler, ...) and what they score."""
+    """A row of the table: how the samples were made (method, ...) and what they score."""
     phi, digits = features(judge, samples["images"])
     row = {key: value for key, value in samples.items() if key not in ("images", "labels")}
     row |= {"N": len(phi), "distance": frechet_distance(real, phi)}
     n = min(len(real), len(phi))  # equally many of both
-    row["precision"], row["recall"] = precision_recall(real[:n], phi[:n])
+    row["precision"], row["recall"] = precision_recall(real[:: len(real) // n][:n], phi[:n])
     if "labels" in samples:
         row["accuracy"] = (digits == samples["labels"]).double().mean().item()
         row["misread"] = 1 - row["accuracy"]
     return row
-
-
-# --------------------------------------------------------------------------------- training
 
 
 def train(args) -> dict[str, nn.Module]:
@@ -167,15 +155,10 @@ def train(args) -> dict[str, nn.Module]:
     return {"judge": stage.ema}
 
 
-# --------------------------------------------------------------------------------- the sets
-
-
 def load_set(path: Path, most: int) -> dict:
     """The first `most` samples of an evaluation set, or of a folder of 28x28 PNGs."""
-    with common.one_line_error(
-        f"{path} is not an evaluation set, which is a .pt with a dict of `images`, uint8 "
-        "(N, 1, 28, 28), N >= 5, and maybe `labels` (N,); or a folder of 28x28 PNGs"
-    ):
+    form = "a .pt of a dict with `images`, uint8 (N, 1, 28, 28), N >= 5, or a folder of PNGs"
+    with common.one_line_error(f"{path} is no evaluation set ({form})"):
         if path.is_dir():
             files = [Image.open(file).convert("L") for file in sorted(path.glob("*.png"))]
             samples = {"images": torch.stack([pil_to_tensor(file) for file in files])}
@@ -197,13 +180,15 @@ def timing(samples: dict, path: Path) -> dict:
         return {}
     with common.one_line_error(f"{path} is damaged; --sample-only writes it again"):
         timings = json.loads(path.read_text())
-        same = timings["hardware"] == samples.get("hardware")
-        rows = [x for x in timings["samplers"] if same and x["name"] == samples.get("name")]
-        return {key: row[key] for row in rows for key in ("seconds", "images_per_second")}
+        if timings["hardware"] != samples.get("hardware"):
+            return {}
+        rows = {row["name"]: row for row in timings["samplers"]}
+        row = rows.get(samples["name"], {})
+        return {key: row[key] for key in ("seconds", "images_per_second") if key in row}
 
 
 def add_notes(rows: list[dict], args) -> None:
-    """Why a row must not be compared with the others: miniature, other digits, other machine."""
+    """Why a row stays out of plots and verdicts: a miniature, other digits or machine."""
     usual = statistics.mode([row.get("hardware") for row in rows if "args" in row] or [""])
     for row in rows:
         made = row.get("args", {})
@@ -214,9 +199,7 @@ def add_notes(rows: list[dict], args) -> None:
         row["note"] = ", ".join(note for note, applies in notes.items() if applies)
 
 
-# ------------------------------------------------------------------------------- the claims
-
-LIKE = 1.25  # "as good as": a Fréchet distance at most this many times the other's
+LIKE = 1.25  # our reading of "as good as": at most this many times the other's distance
 CLAIMS = [  # claim of the report; the set it is about; the set beside it; rules: key, sign, times
     ("1a. DDIM-100 is many times faster than DDPM", ("diffusion", "DDIM", 100),
      ("diffusion", "DDPM", 1000), [("seconds", "<=", 0.2)]),
@@ -247,7 +230,7 @@ def find(rows: list[dict], wanted: tuple) -> dict:
 
 def judge_claim(rows: list[dict], claim: str, one: tuple, two: tuple, rules: list) -> list[str]:
     """Claim, rule, verdict and figures, from rows of equal N."""
-    names = {"misread": ("misread", ".2%")} | COLUMNS
+    names = {"misread": ("share misread", "")} | COLUMNS
     rule = " and ".join(f"{names[key][0]} {sign} {x:g} times" for key, sign, x in rules)
     one_name, two_name = (" ".join(map(str, wanted)) for wanted in (one, two))
     rule = f"{one_name}: {rule} that of {two_name}"
@@ -255,15 +238,12 @@ def judge_claim(rows: list[dict], claim: str, one: tuple, two: tuple, rules: lis
         a, b = find(rows, one), find(rows, two)
         holds = all(a[key] <= x * b[key] if sign == "<=" else a[key] >= x * b[key]
                     for key, sign, x in rules)
-        form = {key: ".2%" if key == "misread" else ".4g" for key, _, _ in rules}
-        figures = "; ".join(f"{names[key][0]} {a[key]:{form[key]}} against {b[key]:{form[key]}}"
+        figures = "; ".join(f"{names[key][0]} {a[key]:.4g} against {b[key]:.4g}"
                             for key, _, _ in rules)
         return [claim, rule, "holds" if holds else "does not hold", figures]
     except LookupError as error:  # no such row, or one without times or labels
-        return [claim, rule, "not measured", str(error)]
+        return [claim, rule, "not measured", str(error).strip("'")]
 
-
-# ----------------------------------------------------------------------------------- report
 
 COLUMNS = {  # key of a row: heading and format; the first four are those by which find() looks
     "method": ("method", ""), "sampler": ("sampler", ""), "steps": ("steps", ","),
@@ -291,13 +271,12 @@ def score_table(rows: list[dict]) -> str:
 
 
 def curves(rows: list[dict], x: str, y: str) -> dict:
-    """Lines for common.save_plot from the rows that have both x and y; row["line"] names them."""
-    lines: dict = {}
-    rows = [row for row in rows if x in row and y in row]
+    """Lines for common.save_plot from the rows that have x and y, by row["line"]."""
+    lines, rows = {}, [row for row in rows if x in row and y in row]
     for row in sorted(rows, key=lambda row: (row["line"], row[x])):
-        xs, ys = lines.setdefault(row["line"], ([], []))
-        xs.append(row[x])
-        ys.append(row[y])
+        points = lines.setdefault(row["line"], ([], []))
+        points[0].append(row[x])
+        points[1].append(row[y])
     return lines
 
 
@@ -334,10 +313,9 @@ def make_figures(args, judge: Judge) -> None:
         known = {"method": str(path)} if args.files else timing(samples, path)
         rows.append(score(judge, real, samples | known))
     add_notes(rows, args)
-    rows.sort(key=lambda row: (row["note"], row["method"], row["sampler"], row["steps"] or 0,
-                               row.get("guidance", 0)))
-    text = (f"The classifier reads {accuracy:.2%} of the {len(real):,} test digits "
-            f"({args.dataset}) correctly.\n")
+    order = ("note", "method", "sampler", "steps", "guidance")
+    rows.sort(key=lambda row: [row.get(key) or ("" if key in order[:3] else 0) for key in order])
+    text = f"The classifier reads {accuracy:.2%} of {len(real):,} test digits correctly.\n"
     for n in sorted({row["N"] for row in rows}) or [args.eval_samples]:
         chosen = [row for row in rows if row["N"] == n]
         digits = {"images": common.to_uint8(images[:n]), "labels": labels[:n].cpu()}
@@ -349,9 +327,9 @@ def make_figures(args, judge: Judge) -> None:
             verdicts = [judge_claim(chosen, *claim) for claim in CLAIMS]
             text += "\n" + table(["the report's claim", "rule", "verdict", "figures"], verdicts)
     if not args.files:
-        missing = {path.stem for path in Path(__file__).parent.glob("0[1-4]*.py")}
-        for script in sorted(missing - {path.parent.name for path in paths}):
-            text += f"\nMissing: {args.runs / script} has no sets; --eval-samples makes them.\n"
+        scripts = {path.stem for path in Path(__file__).parent.glob("0[1-4]*.py")}
+        if missing := scripts - {path.parent.name for path in paths}:
+            text += f"\nNo sets, which --eval-samples makes, of: {', '.join(sorted(missing))}\n"
         (args.out_dir / "comparison.md").write_text(text)
     print(text)
 
@@ -359,11 +337,13 @@ def make_figures(args, judge: Judge) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        ready = args.sample_only
-        models = common.load_networks(args.state, make_models(args)) if ready else train(args)
+        if args.sample_only:
+            models = common.load_networks(args.state, make_models(args))
+        else:
+            models = train(args)
         make_figures(args, **models)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; --resume continues from {args.checkpoint} if an epoch was finished")
+        sys.exit(f"stopped; --resume continues from {args.checkpoint} after its last epoch")
 
 
 if __name__ == "__main__":

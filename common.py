@@ -100,10 +100,10 @@ def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         labels = torch.randint(10, (n,))
-        for i, label in enumerate(labels.tolist()):
+        for i, label in enumerate(labels):
             image = Image.new("L", (84, 84))  # drawn three times too large, for smooth edges
-            ImageDraw.Draw(image).text((42, 42), f"{label}", 255, fonts[i % 5], "mm",
-                                       stroke_width=i % 3)
+            draw = ImageDraw.Draw(image)
+            draw.text((42, 42), f"{label}", 255, fonts[i % 5], "mm", stroke_width=i % 3)
             images[i] = to_tensor(affine(image).reduce(3)) * 2 - 1
     return images, labels
 
@@ -124,10 +124,11 @@ def number(kind: type, low: float, high: float = 1e9):
 
 def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float):
     """A parser with the options that all scripts share; each adds those of its method."""
-    script, flag, count = Path(file).stem, {"action": "store_true"}, number(int, 1)
+    script = Path(file).stem
+    count = number(int, 1)
     devices = [d for d in ("cuda", "mps") if getattr(torch, d).is_available()] + ["cpu"]
     form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(f"{script}.py", None, summary, formatter_class=form)
+    parser = argparse.ArgumentParser(f"{script}.py", description=summary, formatter_class=form)
     parser.set_defaults(script=script)
     add = parser.add_argument
     add("--epochs", type=count, default=epochs, help="passes over the training images")
@@ -140,34 +141,32 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add("--train-images", type=count, default=60_000, help="use the first N images")
     add("--data-dir", type=Path, default=Path("data"), help="folder of MNIST")
     add("--out-dir", type=Path, default=Path("runs", script), help="folder of the results")
-    add("--resume", **flag, help="continue from the checkpoint in --out-dir")
-    add("--sample-only", **flag, help="use --out-dir's checkpoint, or weights/, as it is")
-    add("--eval-samples", type=number(int, 0), metavar="N",
-        help="size of evaluation sets, for 05_compare.py (None: 10000 on CUDA, else 0)")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out-dir")
+    add("--sample-only", action="store_true", help="use the checkpoint there, or in weights/")
+    add("--eval-samples", type=number(int, 0), help="images in a set for 05 (10000 on CUDA)")
     add("--off", nargs="+", choices=SPEED_UPS, default=[], help="speed-ups not to use")
-    add("--fast-dev", **flag, help="a complete run in seconds, with everything tiny")
+    add("--fast-dev", action="store_true", help="a complete run in miniature, in seconds")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dict):
-    """Parse the options, after two looks that change defaults only: what is typed wins.
+    """Parse the options; what is typed wins over the checkpoint's, and those over `fast_dev`.
 
-    --fast-dev takes its defaults from `fast_dev`; --resume and --sample-only take them from the
-    checkpoint, which is kept as args.state.
+    The checkpoint that --resume or --sample-only ask for is kept as args.state.
     """
-    script, state = parser.get_default("script"), {"history": [], "networks": {}, "training": {}}
-    if parser.parse_args(argv).fast_dev:
-        folder = Path("runs/fast_dev", script)
+    args = parser.parse_args(argv)
+    if args.fast_dev:
+        folder = Path("runs/fast_dev", args.script)
         parser.set_defaults(**fast_dev, dataset="synthetic", out_dir=folder)
-    look = parser.parse_args(argv)
-    path = look.out_dir / "checkpoint.pt"
-    if look.resume or look.sample_only:
-        shipped = Path(__file__).parent / "weights" / f"{script}.pt"
-        state = load_checkpoint(path if look.resume or path.exists() else shipped, script)
-        if unknown := state["args"].keys() - vars(look).keys():
+        args = parser.parse_args(argv)
+    path, state = args.out_dir / "checkpoint.pt", {"history": [], "networks": {}}
+    if args.resume or args.sample_only:
+        shipped = Path(__file__).parent / "weights" / f"{args.script}.pt"
+        state = load_checkpoint(path if args.resume or path.exists() else shipped, args.script)
+        if unknown := state["args"].keys() - vars(args).keys():
             sys.exit(f"{state['path']} was made with options unknown here: {unknown}")
         parser.set_defaults(**state["args"])
-    args = parser.parse_args(argv)
+        args = parser.parse_args(argv)
     args.checkpoint, args.state = path, state
     if args.batch_size > args.train_images:
         parser.error(f"--batch-size {args.batch_size}: only {args.train_images} images")
@@ -210,82 +209,86 @@ class Stage:
 
     def __init__(self, args, name: str, model: nn.Module, epochs: int, lr: float, *data: Tensor):
         self.args, self.name, self.epochs, self.data, self.done = args, name, epochs, data, 0
-        self.steps = len(data[0]) // args.batch_size  # in an epoch
-        total, warm_up = epochs * self.steps, min(200, epochs * self.steps / 10)
         self.model, self.net = model, as_function(model, args)
+        self.steps = len(data[0]) // args.batch_size  # in an epoch
+        total = epochs * self.steps
         decay = min(args.ema_decay, 1 - 10 / max(total, 10))  # averages a tenth of a short run
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        self.ema = average.module.eval().requires_grad_(False)
-        optimizer = torch.optim.AdamW(model.parameters(), lr, fused=True)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(  # up, then straight down to zero
-            optimizer, lambda i: min((i + 1) / warm_up, 1) * max(1 - i / total, 0))
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.ema = self.average.module.eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr, fused=True)
         self.rng = torch.Generator(args.device).manual_seed(args.seed)
-        self.parts = model, average, optimizer, scheduler
-        if saved := args.state["training"].get(name):
+        self.parts = model, self.average, self.optimizer
+        if name in args.state["networks"]:
             with one_line_error(f"{args.checkpoint} does not fit these options"):
+                saved = args.state["training"][name]
+                self.done = saved["done"]
                 for part, state in zip(self.parts, saved["parts"]):
                     part.load_state_dict(state)
-            self.done, scheduler.base_lrs = saved["done"], [lr]  # the rate may be a new one
-            if args.state["device"] == args.device:  # a GPU cannot use a CPU's random state
-                self.rng.set_state(saved["rng"])
+                if args.state["device"] == args.device:  # a GPU cannot use a CPU's random state
+                    self.rng.set_state(saved["rng"])
+        self.optimizer.param_groups[0]["initial_lr"] = lr  # not the checkpoint's
+        warm_up = min(200, total / 10)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(  # up, then straight down to zero
+            self.optimizer, lambda i: min((i + 1) / warm_up, 1) * (1 - i / total),
+            last_epoch=self.done * self.steps - 1)
 
     def __iter__(self):
-        bar = tqdm(total=self.epochs * self.steps, desc=self.name, mininterval=1,
-                   initial=self.done * self.steps)
+        bar = tqdm(desc=self.name, total=self.epochs * self.steps, initial=self.done * self.steps)
         while self.done < self.epochs:
             self.losses, start = [], time.perf_counter()
             order = torch.randperm(len(self.data[0]), generator=self.rng, device=self.args.device)
             for index in order.split(self.args.batch_size)[: self.steps]:
                 yield [part[index] for part in self.data]
-                if bar.update():  # once a second, since reading a loss makes a GPU wait
-                    bar.set_postfix(loss=f"{torch.stack(self.losses[-100:]).mean():.4f}")
+                if bar.update():  # now and then, since reading a loss makes a GPU wait
+                    bar.set_postfix(loss=torch.stack(self.losses[-100:]).mean().item())
             self.end_epoch(time.perf_counter() - start)
         bar.close()
 
     def step(self, loss: Tensor) -> None:
-        _, average, optimizer, scheduler = self.parts
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        scheduler.step()
-        average.update_parameters(self.model)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.average.update_parameters(self.model)
         self.losses.append(loss.detach())
 
     def end_epoch(self, seconds: float) -> None:
         """Keep all that --resume needs."""
-        args, state, loss = self.args, self.args.state, torch.stack(self.losses).mean().item()
+        args, state = self.args, self.args.state
+        loss = torch.stack(self.losses).mean().item()
         if not math.isfinite(loss):
             sys.exit(f"the loss became {loss}; try a lower --lr ({args.checkpoint} is unchanged)")
         self.done += 1
         state["history"].append({
-            "stage": self.name, "epoch": self.done, "loss": loss, "seconds": seconds,
-            "images_per_second": self.steps * args.batch_size / seconds,
-            "lr": self.parts[-1].get_last_lr()[0]})
+            "stage": self.name, "epoch": self.done, "loss": loss,
+            "lr": self.scheduler.get_last_lr()[0], "seconds": seconds,
+            "images_per_second": self.steps * args.batch_size / seconds})
         state["networks"][self.name] = self.ema.state_dict()
-        parts = [part.state_dict() for part in self.parts]
-        saved = {"done": self.done, "parts": parts, "rng": self.rng.get_state()}
-        state["training"][self.name] = saved
+        state.setdefault("training", {})[self.name] = {
+            "done": self.done, "parts": [part.state_dict() for part in self.parts],
+            "rng": self.rng.get_state()}
         state |= origin(args)
         save(args.checkpoint, state)
-        metrics = "\n".join(json.dumps(epoch) for epoch in state["history"])
-        (args.out_dir / "metrics.jsonl").write_text(metrics)
+        lines = map(json.dumps, state["history"])
+        (args.out_dir / "metrics.jsonl").write_text("\n".join(lines))
 
 
 def save(path: Path, state: dict) -> None:
     """torch.save, whole or not at all: written beside, then renamed."""
     torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    path.with_suffix(".tmp").replace(path)
 
 
 def origin(args: argparse.Namespace) -> dict:
-    """What made a file: script, machine, and the options of the run."""
+    """What made a file: script, machine, and the options that --resume takes over."""
     cpuinfo = Path("/proc/cpuinfo")  # where Linux names the processor
     names = re.findall("model name.*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     cpu = f"{os.cpu_count()} cores, {(names or ['unknown CPU'])[0]}"
-    kept = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, list))}
-    return {"script": args.script, "args": {k: kept[k] for k in kept.keys() - THIS_CALL},
+    return {"script": args.script, "torch": str(torch.__version__), "device": args.device,
+            "speed_ups": args.speed,
             "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
-            "torch": str(torch.__version__), "device": args.device, "speed_ups": args.speed}
+            "args": {key: value for key, value in vars(args).items()
+                     if key not in THIS_CALL and isinstance(value, (int, float, str, list))}}
 
 
 def load_checkpoint(path: Path, script: str) -> dict:
@@ -295,15 +298,13 @@ def load_checkpoint(path: Path, script: str) -> dict:
         assert state["script"] == script, f"it is one of {state['script']}.py"
         assert {"args", "networks", "history", "hardware", "device"} <= state.keys()
     print(f"{script}: weights from {path}")
-    return {"training": {}} | state | {"path": str(path)}
+    return state | {"path": str(path)}
 
 
 def load_networks(state: dict, models: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The same models, ready to sample from, with the weights that a checkpoint has of each."""
-    for name, model in models.items():
-        if name not in state["networks"]:
-            sys.exit(f"{state['path']} has no {name} yet: continue it with --resume")
-        with one_line_error(f"{state['path']} does not fit these options"):
+    with one_line_error(f"{state['path']} is unfinished (--resume), or does not fit the options"):
+        for name, model in models.items():
             model.eval().load_state_dict(state["networks"][name])
     return models
 
@@ -311,13 +312,14 @@ def load_networks(state: dict, models: dict[str, nn.Module]) -> dict[str, nn.Mod
 def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
     """What sample(noise, rng) returns, and the median seconds of up to five more runs; on a CPU
     the first run counts if it takes over five seconds."""
-    rng, images, seconds = torch.Generator(noise.device).manual_seed(seed), [], []
+    seconds = []
     while len(seconds) < 1 + noise.is_cuda or len(seconds) < 6 and sum(seconds) < 5:
+        rng = torch.Generator(noise.device).manual_seed(seed)
         start = time.perf_counter()
-        images.append(sample(noise, rng))
-        images[-1].sum().item()  # waits for the device
+        images = sample(noise, rng)
+        images.sum().item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    return images[0], statistics.median(seconds[1:] or seconds)
+    return images, statistics.median(seconds[1:] or seconds)
 
 
 def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
@@ -326,13 +328,12 @@ def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
     A sampler is (made, sample): `made` has a name, and method, sampler and steps for
     05_compare.py; sample(noise, rng) returns images.
     """
-    stages, history = {}, args.state["history"]
+    history, losses, rows, timings = args.state["history"], {}, {}, []
     for epoch in history:
-        xs, ys = stages.setdefault(epoch["stage"], ([], []))
-        xs.append(epoch["epoch"])
-        ys.append(epoch["loss"])
-    save_plot(args.out_dir / "loss.png", stages, title="Training loss", xlabel="epoch", yscale="log")
-    rows, timings, large = {}, [], noise.repeat(64 if noise.is_cuda else 4, 1, 1, 1)
+        losses.setdefault(epoch["stage"], []).append((epoch["epoch"], epoch["loss"]))
+    lines = {stage: zip(*points) for stage, points in losses.items()}
+    save_plot(args.out_dir / "loss.png", lines, title="Training loss", xlabel="epoch", yscale="log")
+    large = noise.repeat(64 if noise.is_cuda else 4, 1, 1, 1)
     for made, sample in samplers:
         images, seconds = time_sampler(sample, noise, args.seed)
         title = f"{made['name']}: {len(noise)} digits in {seconds:.3f} s"
@@ -344,18 +345,16 @@ def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
         timings.append(made | {"images": len(noise), "seconds": seconds,
                                "large_batch": len(large), "images_per_second": rate})
     save_grid(torch.cat([*rows.values()]), args.out_dir / "samples.png", overview, 10, [*rows])
-    report = origin(args) | more | {"trained_on": args.state["hardware"], "samplers": timings}
-    report["training_seconds"] = sum(epoch["seconds"] for epoch in history)
-    (args.out_dir / "timings.json").write_text(json.dumps(report, indent=1))
+    report = {"trained_on": args.state["hardware"], "samplers": timings,
+              "training_seconds": sum(epoch["seconds"] for epoch in history)}
+    (args.out_dir / "timings.json").write_text(json.dumps(origin(args) | more | report, indent=1))
     wanted = args.eval_samples if args.eval_samples is not None else 10_000 * noise.is_cuda
+    rng = torch.Generator().manual_seed(args.seed + 1)  # of the CPU: the same on every device
+    noise = torch.randn(wanted, *noise.shape[1:], generator=rng).to(args.device)
     for made, sample in samplers if wanted else ():
         rng = torch.Generator(args.device).manual_seed(args.seed)
-        noise_rng = torch.Generator().manual_seed(args.seed + 1)
-        size, images = min(wanted, 1000 if noise.is_cuda else 50), []
-        for _ in tqdm(range(0, wanted, size), f"{wanted}, {made['name']}"):
-            part = torch.randn(size, *noise.shape[1:], generator=noise_rng).to(args.device)
-            images.append(to_uint8(sample(part, rng)))
-        made["images"] = torch.cat(images)[:wanted]
+        parts = tqdm(noise.split(1000 if noise.is_cuda else 50), f"{wanted}, {made['name']}")
+        made["images"] = torch.cat([to_uint8(sample(part, rng)) for part in parts])
         if "classes" in made:  # they were asked for in turn
             made["labels"] = torch.arange(wanted) % made["classes"]
         save(args.out_dir / f"eval_{made['file']}.pt", origin(args) | made)
@@ -367,12 +366,13 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def save_grid(images: Tensor, path: Path, title: str, columns: int, rows=(), below=()) -> None:
     """(N, 1, 28, 28) in [-1, 1] as a PNG, with names for the rows and columns."""
-    grid = make_grid(to_uint8(images), nrow=columns)[0].numpy()
-    axes = (figure := Figure(figsize=[side / 50 + 0.8 for side in grid.T.shape])).subplots()
+    grid = make_grid(to_uint8(images), nrow=columns)[0]
+    axes = Figure(figsize=[side / 50 + 0.8 for side in grid.T.shape]).subplots()
     axes.imshow(grid, cmap="gray", vmin=0, vmax=255)
-    x, y = ([17 + 30 * i for i in range(len(names))] for names in (below, rows))
-    axes.set(title=title, xticks=x, xticklabels=below, yticks=y, yticklabels=rows)
-    figure.savefig(path, bbox_inches="tight")
+    axes.set_xticks([17 + 30 * i for i in range(len(below))], below)
+    axes.set_yticks([17 + 30 * i for i in range(len(rows))], rows)
+    axes.set_title(title)
+    axes.figure.savefig(path, bbox_inches="tight")
 
 
 def save_gif(frames: list[Tensor], path: Path, columns: int) -> None:
@@ -385,9 +385,9 @@ def save_gif(frames: list[Tensor], path: Path, columns: int) -> None:
 
 def save_plot(path: Path, lines: dict, style: str = ".-", **labels) -> None:
     """`lines` maps a name to (x values, y values); `labels` are title, xlabel, ylabel, yscale."""
-    axes = (figure := Figure(figsize=(6, 4))).subplots()
+    axes = Figure(figsize=(6, 4)).subplots()
     for name, (x, y) in lines.items():
         axes.plot(x, y, style, label=name)
     axes.set(**labels)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the plot
-    figure.savefig(path, bbox_inches="tight")
+    axes.figure.savefig(path, bbox_inches="tight")

@@ -49,8 +49,9 @@ def train_ours(device: str, steps: int, folder: Path) -> tuple[int, float]:
     args = ddpm.parse_args([
         "--dataset", "synthetic", "--train-images", str(steps * BATCH), "--batch-size", str(BATCH),
         "--epochs", "2", "--device", device, "--out-dir", str(folder)])
-    model, history = ddpm.train(args)
-    return sum(p.numel() for p in model.parameters()), history[-1]["images_per_second"]
+    model = ddpm.train(args)["diffusion"]
+    rate = args.state["history"][-1]["images_per_second"]
+    return sum(p.numel() for p in model.parameters()), rate
 
 
 def diffusers_network(width: int) -> UNet2DModel:
@@ -111,7 +112,8 @@ def train_ddpm_pytorch(dim: int, device: str, steps: int, folder: Path) -> tuple
 
 def sample_ours(device: str, folder: Path) -> float:
     args = ddpm.parse_args(["--device", device, "--out-dir", str(folder)])
-    net, schedule = common.for_sampling(ddpm.make_model(args), args), ddpm.make_schedule(1000)
+    net = common.as_function(ddpm.make_models(args)["diffusion"], args, sampling=True)
+    schedule = ddpm.make_schedule(1000)
     x_T = torch.randn(16, 1, 28, 28, device=device)
     ddpm.ddim_sample(net, schedule, x_T, 10)  # warm-up
     start = clock(device)
@@ -133,7 +135,7 @@ def floor(device: str) -> tuple[float, float]:
     """Images/s of training if only 01's convolutions and matrix products took time, at the rate
     of one large matrix product (bfloat16 on CUDA, else float32); and that rate in FLOP/s."""
     with FlopCounterMode(display=False) as counter:
-        ddpm.UNet()(torch.randn(1, 1, 28, 28), torch.zeros(1))
+        ddpm.UNet(32, 1000)(torch.randn(1, 1, 28, 28), torch.zeros(1))
     n = 8192 if device == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
     a @ a  # warm-up
@@ -152,7 +154,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns that each one takes")
     args = parser.parse_args()
     device, steps = args.device, args.steps or (200 if args.device == "cuda" else 20)
-    images, _ = common.synthetic_digits(4096)
+    images, _ = common.synthetic_digits(4096, seed=0)
     rates: dict[str, list] = {}
     seconds: dict[str, list] = {}
     with tempfile.TemporaryDirectory() as name:

@@ -1,0 +1,627 @@
+"""The maths of the scripts, against closed forms, Bayes' rule and numbers by hand.
+
+It also sees to it that what scripts have in common is the same text in each of them.
+"""
+
+import inspect
+import math
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from scripts import cfg, ddpm, flow, latent, latent_flow
+from torch import nn
+from torch.distributions import Normal
+from torch.nn import functional as F
+
+F64 = torch.float64
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------------ what the scripts share
+
+
+@pytest.mark.parametrize(("modules", "names"), [
+    ([ddpm, latent, flow, latent_flow], ["UNet"]),
+    ([ddpm, latent, cfg], ["Schedule", "make_schedule", "q_sample", "ddim_pairs"]),
+    ([ddpm, latent], ["diffusion_loss"]),
+    ([ddpm, cfg], ["ddim_sample", "draw_path"]),
+    ([latent, latent_flow], ["VAE", "conv_block", "encode"]),
+    ([flow, latent_flow], ["flow_loss", "even_times", "euler_sample", "heun_solve",
+                           "straightness", "load_pairs"]),
+])
+def test_siblings_share_their_text(modules, names):
+    for name in names:
+        texts = [inspect.getsource(getattr(module, name)) for module in modules]
+        assert len({text.replace("a latent", "an image") for text in texts}) == 1, name
+
+
+@pytest.mark.parametrize("name", ["uniform", "logit-normal", "u-shaped", "half-at-0", "all-at-0"])
+def test_04_and_04b_share_their_densities(name):
+    u = torch.linspace(0.01, 0.99, 99)
+    assert torch.equal(flow.T_DENSITIES[name](u), latent_flow.T_DENSITIES[name](u))
+
+
+def test_the_network_of_03_is_that_of_01_and_the_labels():
+    """With the weights of 01, and with zeros for all that reads the labels, both agree."""
+    torch.manual_seed(0)
+    one, three = ddpm.UNet(8, 1000), cfg.UNet(8, 1000, 4)
+    nn.init.normal_(one.conv_out.weight)
+    weights = one.state_dict()
+    spread = torch.zeros(8, 33, 3, 3)
+    spread[:, :1] = weights["conv_in.weight"]
+    missing = three.load_state_dict(weights | {"conv_in.weight": spread}, strict=False)
+    assert {key.split(".")[0] for key in missing.missing_keys} == {
+        "label_channels", "label_tokens", "cross_attention"}
+    x, t = torch.randn(2, 1, 28, 28), torch.tensor([3, 700])
+    assert torch.allclose(one(x, t), three(x, t, torch.tensor([4, 10])), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- diffusion
+
+
+def exact_eps(schedule, x0):
+    """The network that knows x0: ε = (x_t - √ᾱ_t x0) / √(1-ᾱ_t)."""
+
+    def model(x, t):
+        ab = schedule.alpha_bars[t].view(-1, 1, 1, 1)
+        return (x - ab.sqrt() * x0) / (1 - ab).sqrt()
+
+    return model
+
+
+def gaussian_eps(schedule, s):
+    """The ideal network for data N(0, s²): E[ε | x_t] = √(1-ᾱ) x_t / (ᾱ s² + 1-ᾱ)."""
+
+    def model(x, t):
+        ab = schedule.alpha_bars[t].view(-1, 1, 1, 1)
+        return (1 - ab).sqrt() * x / (ab * s**2 + 1 - ab)
+
+    return model
+
+
+@pytest.mark.parametrize("timesteps", [2, 3, 10, 50, 999, 1000, 4000])
+def test_schedule(timesteps):
+    schedule = ddpm.make_schedule(timesteps)
+    assert all(table.shape == (timesteps,) for table in schedule)
+    assert ((schedule.betas > 0) & (schedule.betas < 1)).all()
+    product = 1.0
+    for t in range(timesteps):
+        theta = 0.01 + t / (timesteps - 1) * (math.pi / 2 - 0.02)
+        product *= 1 - schedule.betas[t].item()  # ᾱ is the product of all α = 1 - β
+        assert schedule.alphas[t].item() == pytest.approx(1 - schedule.betas[t].item(), rel=1e-12)
+        assert product == pytest.approx(math.cos(theta) ** 2, rel=1e-9)
+        assert schedule.alpha_bars[t].item() == pytest.approx(product, rel=1e-9)
+        assert schedule.signal[t].item() == pytest.approx(math.cos(theta), rel=1e-5)
+        assert schedule.noise[t].item() == pytest.approx(math.sin(theta), rel=1e-5)
+    assert schedule.alpha_bars[-1].sqrt() < 0.02  # nothing of the image is left
+    assert schedule.alpha_bars[0] > 0.999  # hardly any noise at the start
+
+
+def test_q_sample_has_the_moments_of_eq_4():
+    schedule = ddpm.make_schedule(1000)
+    x0, noise = torch.full((4, 1, 2, 2), 0.5), torch.full((4, 1, 2, 2), -2.0)
+    t = torch.tensor([0, 1, 500, 999])
+    x_t = ddpm.q_sample(schedule, x0, t, noise)
+    for i, step in enumerate(t.tolist()):
+        ab = math.prod(1 - beta for beta in schedule.betas[: step + 1].tolist())
+        expected = 0.5 * ab**0.5 - 2 * (1 - ab) ** 0.5
+        assert x_t[i].flatten().tolist() == pytest.approx([expected] * 4)
+
+
+@pytest.mark.parametrize("timesteps", [2, 50, 1000])
+def test_posterior_is_bayes_rule(timesteps):
+    schedule = ddpm.make_schedule(timesteps)
+    x_t, x0 = torch.tensor(0.7, dtype=F64), torch.tensor(-0.3, dtype=F64)
+    for t in range(1, timesteps, max(1, timesteps // 13)):
+        beta, ab_prev = schedule.betas[t].item(), schedule.alpha_bars[t - 1].item()
+        # p(x_{t-1} | x_t, x0) ∝ N(x_{t-1}; √ᾱ_{t-1} x0, 1-ᾱ_{t-1}) N(x_t; √α_t x_{t-1}, β_t)
+        precision = 1 / (1 - ab_prev) + (1 - beta) / beta
+        mean = (ab_prev**0.5 * x0 / (1 - ab_prev) + (1 - beta) ** 0.5 * x_t / beta) / precision
+        ours = ddpm.posterior(schedule, t, x_t, x0)
+        assert ours[0].item() == pytest.approx(mean.item(), rel=1e-9)
+        assert ours[1] == pytest.approx(1 / precision, rel=1e-9)
+    mean, variance = ddpm.posterior(schedule, 0, x_t, x0)
+    assert mean.item() == pytest.approx(-0.3) and variance == 0  # the last step: x̂_0, no noise
+
+
+@pytest.mark.parametrize(("timesteps", "steps"), [(1000, 100), (1000, 7), (50, 50), (40, 1)])
+def test_ddim_pairs(timesteps, steps):
+    pairs = ddpm.ddim_pairs(timesteps, steps)
+    assert len(pairs) == steps
+    assert pairs[0][0] == timesteps - 1 and pairs[-1][1] == -1
+    assert all(one[1] == two[0] for one, two in pairwise(pairs))
+    lengths = [t - t_next for t, t_next in pairs]
+    assert min(lengths) >= 1 and max(lengths) - min(lengths) <= 1  # evenly spaced
+
+
+@pytest.mark.parametrize("steps", [0, 51])
+def test_ddim_pairs_refuse_more_steps_than_timesteps(steps):
+    with pytest.raises(ValueError, match=f"not {steps}"):
+        ddpm.ddim_pairs(50, steps)
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+@pytest.mark.parametrize("steps", [1, 7, 50, None])
+def test_with_the_exact_noise_samplers_return_the_image(steps, clamp):
+    """By DDIM, and by DDPM (None): no noise may be added in its last step."""
+    schedule = ddpm.make_schedule(1000)
+    x0 = torch.rand(3, 1, 28, 28, dtype=F64, generator=seeded(0)) * 2 - 1
+    x_T = torch.randn(x0.shape, dtype=F64, generator=seeded(1))
+    model = exact_eps(schedule, x0)
+    if steps:
+        sample = ddpm.ddim_sample(model, schedule, x_T, steps, clamp=clamp)
+    else:
+        sample = ddpm.ddpm_sample(model, schedule, x_T, seeded(2), clamp=clamp)
+    assert torch.allclose(sample, x0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_samplers_give_the_variance_of_gaussian_data(sampler):
+    """With the ideal network for N(0, 0.5²) the samples are N(0, 0.5²): no step may go astray."""
+    schedule, rng = ddpm.make_schedule(1000), seeded(0)
+    x_T = torch.randn(20, 1, 28, 28, generator=rng, dtype=F64)
+    model = gaussian_eps(schedule, 0.5)
+    if sampler == "ddim":  # x_t / √(ᾱ_t s² + 1-ᾱ_t) is constant on the paths of this flow
+        x = ddpm.ddim_sample(model, schedule, x_T, 1000, clamp=False)
+        assert torch.allclose(x / x_T, torch.tensor(0.5, dtype=F64), rtol=0.01)
+    else:
+        x = ddpm.ddpm_sample(model, schedule, x_T, rng, clamp=False)
+        assert abs((x * x_T).mean()) < 0.02  # the noise of a thousand steps hides the start
+    assert x.std().item() == pytest.approx(0.5, rel=0.02)
+
+
+def test_one_step_of_ddim_with_noise_by_hand():
+    """Song, Eq. 12 and 16, for T = 50, two steps, η = 0.7, and a network that says 0.3."""
+    schedule, x_T = ddpm.make_schedule(50), torch.tensor([[[[1.2]]]], dtype=F64)
+    seen = []
+    ddpm.ddim_sample(lambda x, t: torch.full_like(x, 0.3), schedule, x_T, 2, eta=0.7,
+                     rng=seeded(5), clamp=False, trace=lambda *step: seen.append(step))
+    (t, _, x0_hat), (t_next, x_next, _) = seen
+    assert t == 49 and t_next == 24
+    ab, ab_next = (math.cos(0.01 + t / 49 * (math.pi / 2 - 0.02)) ** 2 for t in (49, 24))
+    expected_x0 = (1.2 - (1 - ab) ** 0.5 * 0.3) / ab**0.5
+    sigma = 0.7 * ((1 - ab_next) / (1 - ab)) ** 0.5 * (1 - ab / ab_next) ** 0.5
+    noise = torch.randn(1, 1, 1, 1, generator=seeded(5)).item()
+    expected = ab_next**0.5 * expected_x0 + (1 - ab_next - sigma**2) ** 0.5 * 0.3 + sigma * noise
+    assert x0_hat.item() == pytest.approx(expected_x0)
+    assert x_next.item() == pytest.approx(expected)
+
+
+def test_ddim_with_eta_1_and_all_steps_is_ddpm():
+    schedule, model = ddpm.make_schedule(60), gaussian_eps(ddpm.make_schedule(60), 0.5)
+    x_T = torch.randn(4, 1, 28, 28, dtype=F64)
+    one = ddpm.ddpm_sample(model, schedule, x_T, seeded(1))
+    two = ddpm.ddim_sample(model, schedule, x_T, 60, eta=1.0, rng=seeded(1))
+    assert torch.allclose(one, two, atol=1e-9)
+
+
+def test_clamping_derives_the_noise_anew():
+    """A network whose x̂_0 is always 3 must land on 1 and keep x_t = √ᾱ x̂_0 + √(1-ᾱ) ε̂."""
+    schedule = ddpm.make_schedule(1000)
+    model = exact_eps(schedule, torch.full((1, 1, 1, 1), 3.0, dtype=F64))
+    x_T, seen = torch.zeros(1, 1, 1, 1, dtype=F64), []
+    x = ddpm.ddim_sample(model, schedule, x_T, 2, trace=lambda *step: seen.append(step))
+    assert x.item() == pytest.approx(1)
+    (t, x_t, x0_hat), (t_next, x_next, _) = seen
+    assert x0_hat.item() == 1
+    ab, ab_next = schedule.alpha_bars[t], schedule.alpha_bars[t_next]
+    eps = (x_t - ab.sqrt() * x0_hat) / (1 - ab).sqrt()
+    expected = ab_next.sqrt() * x0_hat + (1 - ab_next).sqrt() * eps
+    assert x_next.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("sample", [
+    ddpm.ddpm_sample, partial(ddpm.ddim_sample, steps=5, eta=0.5), latent.ddpm_sample])
+def test_samples_follow_the_seed_and_stay_in_float32(sample):
+    schedule, x_T = ddpm.make_schedule(20), torch.randn(2, 1, 28, 28)
+    model = gaussian_eps(schedule, 0.5)
+    network = lambda x, t: model(x, t).float()
+    one, same, other = (sample(network, schedule, x_T, rng=seeded(seed)) for seed in (3, 3, 4))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert one.dtype == torch.float32
+
+
+def test_the_loss_is_the_error_of_the_noise():
+    schedule, x0 = ddpm.make_schedule(100), torch.rand(8, 1, 28, 28) * 2 - 1
+    exact = exact_eps(schedule, x0.double())
+    assert ddpm.diffusion_loss(exact, schedule, x0, rng=seeded(0)).item() < 1e-6
+    noise = torch.full_like(x0, 2.0)
+    zero = ddpm.diffusion_loss(lambda x, t: torch.zeros_like(x), schedule, x0, noise=noise)
+    assert zero.item() == pytest.approx(4)
+    seen, rng = [], seeded(0)
+    for _ in range(200):
+        ddpm.diffusion_loss(lambda x, t: seen.append((x, t)) or x, schedule, x0, rng=rng)
+    times = torch.cat([t for _, t in seen])
+    assert times.unique().tolist() == list(range(100))  # each t is trained, 0 and 99 too
+    at_end = torch.cat([x[t == 99] for x, t in seen])  # pure noise, but for 0.01 of the image
+    assert at_end.std().item() == pytest.approx(1, abs=0.05)
+
+
+# --------------------------------------------------------------------------------- the VAE
+
+
+def test_the_layers_of_the_vae_are_those_of_the_report():
+    vae, x, outputs = latent.VAE(), torch.rand(5, 1, 28, 28) * 2 - 1, []
+    layers = [m for m in vae.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    for layer in layers:
+        layer.register_forward_hook(lambda m, i, out: outputs.append(tuple(out.shape[1:])))
+    mu, logvar = vae.encode(x)
+    assert mu.shape == logvar.shape == (5, 64)
+    image = vae.decode(mu)
+    assert image.shape == x.shape and image.min() >= -1 and image.max() <= 1
+    assert outputs == [(16, 14, 14), (32, 7, 7), (64, 1, 1), (32, 7, 7), (16, 14, 14), (1, 28, 28)]
+    assert [layer.kernel_size[0] for layer in layers] == [3, 3, 7, 7, 3, 3]
+    by_hand = [16 * 9 + 16, 32 * 16 * 9 + 32, 64 * 32 * 49 + 64,  # convolutions with biases
+               3 * (64 * 64 + 64),  # µ, log v, and the way back
+               64 * 32 * 49 + 32, 32 * 16 * 9 + 16, 16 * 9 + 1,  # transposed convolutions
+               2 * (16 + 32 + 64 + 32 + 16)]  # five batch norms
+    assert sum(p.numel() for p in vae.parameters()) == sum(by_hand)
+
+
+def test_kl_is_the_closed_form_and_the_integral():
+    mu, logvar = torch.tensor([[0.7, 0.0, -2.0]]), torch.tensor([[-1.2, 0.0, 0.5]])
+    q = Normal(mu, (logvar / 2).exp())
+    expected = torch.distributions.kl_divergence(q, Normal(0, 1)).sum()
+    assert latent.kl_divergence(mu, logvar).tolist() == pytest.approx([expected.item()])
+    z = torch.linspace(-12, 12, 100_001, dtype=F64)[:, None]
+    log_p, log_q = Normal(0, 1).log_prob(z), q.log_prob(z)
+    integral = (log_q.exp() * (log_q - log_p)).sum() * 24 / 100_000
+    assert integral.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert latent.kl_divergence(torch.zeros(2, 64), torch.zeros(2, 64)).tolist() == [0, 0]
+
+
+def test_the_loss_of_the_vae_by_hand():
+    """In nats per image: the cross-entropy of every pixel, and the weighted KL divergence."""
+    torch.manual_seed(0)
+    vae, x = latent.VAE().eval(), torch.rand(3, 1, 28, 28, generator=seeded(1)) * 2 - 1
+    nn.init.zeros_(vae.fc_logvar.weight)
+    nn.init.constant_(vae.fc_logvar.bias, -60.0)  # so that z = µ, without noise
+    with torch.no_grad():
+        mu, _ = vae.encode(x)
+        white, target = (vae.decode(mu).double() + 1) / 2, (x.double() + 1) / 2
+        nats = -(target * white.log() + (1 - target) * (1 - white).log()).sum((1, 2, 3)).mean()
+        kl = torch.distributions.kl_divergence(Normal(mu.double(), math.exp(-30)), Normal(0, 1))
+        plain, weighted = (latent.vae_loss(vae, x, w, seeded(0)).item() for w in (0, 0.3))
+    assert plain == pytest.approx(nats.item(), rel=1e-5)
+    assert weighted == pytest.approx((nats + 0.3 * kl.sum(1).mean()).item(), rel=1e-5)
+
+
+def test_latents_are_standardised_and_decoded_back():
+    torch.manual_seed(0)
+    vae, size = latent.VAE().eval(), torch.linspace(0.5, 4, 64)
+    mu, logvar = torch.randn(4000, 64) * size + 5 * size, torch.zeros(4000, 64) - 2
+    vae.mean.copy_(5 * size)
+    vae.std.copy_((size**2 + math.exp(-2)).sqrt())  # Var z = Var µ + E v
+    x0 = vae.to_latent(mu, logvar, seeded(1))
+    assert x0.shape == (4000, 1, 8, 8)
+    assert x0.mean(0).abs().max() < 0.07 and (x0.std(0) - 1).abs().max() < 0.05  # 4 σ
+    z = mu + math.exp(-1) * torch.randn(mu.shape, generator=seeded(1))  # σ = exp(log v / 2)
+    assert torch.allclose(vae.to_images(x0[:9]), vae.decode(z[:9]), atol=1e-5)
+
+
+def test_all_images_are_encoded_in_order():
+    torch.manual_seed(0)
+    vae, x = latent.VAE().eval(), torch.rand(1203, 1, 28, 28)
+    mu, logvar = latent.encode(vae, x)
+    assert mu.shape == logvar.shape == (1203, 64) and not mu.requires_grad
+    for i in (0, 999, 1000, 1202):
+        one = vae.encode(x[i : i + 1])
+        assert torch.allclose(mu[i], one[0], atol=1e-5)
+        assert torch.allclose(logvar[i], one[1], atol=1e-5)
+
+
+def test_latent_samplers_are_those_of_01_without_clamping():
+    schedule, model = ddpm.make_schedule(60), gaussian_eps(ddpm.make_schedule(60), 1.7)
+    x_T = torch.randn(4, 1, 8, 8, dtype=F64)
+    one = ddpm.ddpm_sample(model, schedule, x_T, seeded(1), clamp=False)
+    assert torch.allclose(one, latent.ddpm_sample(model, schedule, x_T, seeded(1)), atol=1e-9)
+    one = ddpm.ddim_sample(model, schedule, x_T, 7, eta=0.5, rng=seeded(1), clamp=False)
+    two = latent.ddim_sample(model, schedule, x_T, 7, eta=0.5, rng=seeded(1))
+    assert torch.allclose(one, two, atol=1e-9)
+    assert two.abs().max() > 1  # here clamping would have mattered
+
+
+# ---------------------------------------------------------------------------- the guidance
+
+
+def spy_on_labels(seen: list):
+    """A network whose noise is x + 10 t + the label; it keeps the labels of each call."""
+
+    def model(x, t, labels):
+        seen.append(labels)
+        return x + (10 * t + labels).view(-1, 1, 1, 1)
+
+    return model
+
+
+@pytest.mark.parametrize(("scale", "shift"), [
+    (0, [10, 10, 10]),  # the null class alone
+    (1, [3, 0, 9]),
+    (2.5, [-7.5, -15, 7.5]),  # 10 + 2.5 (3 - 10), 10 + 2.5 (0 - 10), 10 + 2.5 (9 - 10)
+])
+def test_guidance_by_hand(scale, shift):
+    seen, labels = [], torch.tensor([3, 0, 9])
+    x, t = torch.randn(3, 1, 2, 2), torch.tensor([5, 7, 7])
+    eps = cfg.guided(spy_on_labels(seen), labels, scale)(x, t)
+    expected = x + (torch.tensor([50, 70, 70]) + torch.tensor(shift)).view(-1, 1, 1, 1)
+    assert torch.allclose(eps, expected, atol=1e-5)
+    assert len(seen) == 1  # one call, on a doubled batch where both answers are needed
+    assert len(seen[0]) == (3 if scale in (0, 1) else 6)
+
+
+@pytest.mark.parametrize("label", [-1, 10, 11])
+def test_labels_that_are_no_digits_are_refused(label):
+    with pytest.raises(ValueError, match="labels are the digits 0 to 9, not"):
+        cfg.guided(None, torch.tensor([3, label]), 2.0)
+
+
+def test_a_hidden_label_does_not_matter_and_others_do():
+    schedule, x0 = cfg.make_schedule(100), torch.rand(64, 1, 4, 4) * 2 - 1
+    labels, seen = torch.arange(64) % 10, []
+    model = spy_on_labels(seen)
+
+    def loss(labels):
+        return cfg.diffusion_loss(model, schedule, x0, labels, 0.3, rng=seeded(0)).item()
+
+    before = loss(labels)
+    hidden = seen[0] == 10
+    assert 5 < hidden.sum() < 35  # some samples of the batch, not all or none
+    assert torch.equal(seen[0][~hidden], labels[~hidden])
+    for i in range(64):
+        changed = labels.clone()
+        changed[i] = (labels[i] + 1) % 10
+        assert (loss(changed) == before) == hidden[i]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
+def test_labels_are_hidden_at_the_stated_rate(rate):
+    seen, rng, x0 = [], seeded(0), torch.zeros(50, 1, 1, 1)
+    for _ in range(200):
+        labels = torch.randint(10, (50,), generator=rng)
+        cfg.diffusion_loss(spy_on_labels(seen), cfg.make_schedule(10), x0, labels, rate, rng=rng)
+    hidden = (torch.stack(seen) == 10).double()
+    assert hidden.mean().item() == pytest.approx(rate, abs=0.015)  # 10,000 draws: 5 sigma at 0.1
+    spread = hidden.sum(1).var().item()  # of a batch's number: binomial, as each is drawn alone
+    assert spread == pytest.approx(50 * rate * (1 - rate), rel=0.4)
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    """No weight is zero any longer, and no branch is shut."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=seeded(0))
+    return model
+
+
+@pytest.mark.parametrize("path", ["label_channels", "label_tokens"])
+def test_the_class_enters_by_each_path_alone(path):
+    torch.manual_seed(0)
+    model, x = perturbed(cfg.UNet(8, 1000, 4)), torch.randn(1, 1, 28, 28).expand(11, -1, -1, -1)
+    with torch.no_grad():
+        other = model.label_tokens if path == "label_channels" else model.label_channels
+        other.weight.zero_()
+        eps = model(x, torch.full((11,), 500), torch.arange(11)).flatten(1)
+        assert torch.pdist(eps).min() > 1e-2  # ten classes and the null class: all different
+        getattr(model, path).weight.zero_()
+        eps = model(x, torch.full((11,), 500), torch.arange(11)).flatten(1)
+        assert torch.pdist(eps).max() < 1e-4  # and by no other
+
+
+def test_one_token_would_make_the_attention_blind():
+    """The reason for several tokens a class: with one, no pixel asks anything of its own."""
+
+    def spread_of_answers(tokens):
+        torch.manual_seed(0)
+        model = cfg.UNet(8, 1000, tokens)
+        nn.init.normal_(model.cross_attention.out.weight)
+        x = torch.randn(1, 16, 7, 7)
+        context = model.label_tokens(torch.tensor([3])).unflatten(1, (-1, 32))
+        assert context.shape == (1, tokens, 32)
+        return (model.cross_attention(x, context) - x).flatten(2).var(2).max().item()
+
+    assert spread_of_answers(1) < 1e-10 and spread_of_answers(4) > 1e-3
+
+
+def test_the_ddpm_of_03_is_that_of_01_and_takes_fewer_steps():
+    schedule, model = ddpm.make_schedule(60), gaussian_eps(ddpm.make_schedule(60), 0.5)
+    x_T = torch.randn(4, 1, 8, 8, dtype=F64)
+    one = ddpm.ddpm_sample(model, schedule, x_T, seeded(1))
+    assert torch.allclose(one, cfg.ddpm_sample(model, schedule, x_T, seeded(1)), atol=1e-9)
+    one = ddpm.ddim_sample(model, schedule, x_T, 7, eta=1.0, rng=seeded(1))
+    two = cfg.ddpm_sample(model, schedule, x_T, seeded(1), steps=7)
+    assert torch.allclose(one, two, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------- the flows
+
+
+def decay(k):
+    """dx/dt = -k x, which ends in x(1) = x(0) exp(-k)."""
+    return lambda x, t: -k * x
+
+
+def two_points(x, t):
+    """The exact flow from N(0, I) to ±(1, ..., 1): v = (E[x_1 | x_t] - x_t) / (1 - t)."""
+    t = t.view(-1, *[1] * (x.dim() - 1))
+    mean = torch.tanh(t * x.flatten(1).sum(1).view_as(t) / (1 - t) ** 2)
+    return (mean - x) / (1 - t)
+
+
+def test_constant_velocity_is_straight_and_one_step_exact():
+    x0 = torch.randn(4, 1, 3, 3, dtype=F64)
+    v = torch.randn(4, 1, 3, 3, dtype=F64)
+    for steps in (1, 2, 7):
+        assert torch.allclose(flow.euler_sample(lambda x, t: v, x0, steps), x0 + v)
+        assert flow.straightness(lambda x, t: v, x0, steps) == pytest.approx(0, abs=1e-20)
+        times = flow.even_times(steps)
+        assert torch.allclose(flow.heun_solve(lambda x, t: v, x0, times), x0 + v)
+        assert torch.allclose(flow.heun_solve(lambda x, t: v, x0, times[::-1]), x0 - v)
+
+
+@pytest.mark.parametrize(("solver", "order", "sign"), [
+    ("euler", 1, 1), ("heun", 2, 1), ("heun", 2, -1)])
+def test_the_error_falls_with_the_step_as_the_method_must(solver, order, sign):
+    """sign -1 is backwards in time."""
+    x, k, errors = torch.ones(1, 1, dtype=F64), 1.5, []
+    exact = math.exp(-sign * k)
+    for n in (50, 100, 200):
+        if solver == "euler":
+            end = flow.euler_sample(decay(k), x, n)
+        else:
+            end = flow.heun_solve(decay(k), x, flow.even_times(n)[::sign])
+        errors.append(abs(end.item() - exact))
+    assert errors[-1] / exact < (0.006 if order == 1 else 2e-5)
+    for coarse, fine in pairwise(errors):
+        assert coarse / fine == pytest.approx(2**order, rel=0.05)
+
+
+def test_euler_calls_the_network_at_the_start_of_each_step():
+    times, seen = [], []
+    model = lambda x, t: times.append(t[0].item()) or torch.ones_like(x)
+    flow.euler_sample(model, torch.zeros(1, 1), 4, trace=lambda *step: seen.append(step))
+    assert times == [0, 0.25, 0.5, 0.75]
+    assert [t for t, _, _ in seen] == times
+    assert [x.item() for _, x, _ in seen] == times  # with v = 1, x is t
+    assert all(v.item() == 1 for _, _, v in seen)
+
+
+@pytest.mark.parametrize(("times", "asked"), [
+    ([0, 0.5, 1], [0, 0.5, 0.5, 1]), ([1, 0.5, 0], [1, 0.5, 0.5, 0])])
+def test_heun_calls_the_network_at_both_ends_of_each_step(times, asked):
+    """With v = 2t, for which Heun's method is exact, x = t² all along."""
+    seen = []
+    model = lambda x, t: seen.append(t[0].item()) or 2 * t.view(-1, 1) + 0 * x
+    end = flow.heun_solve(model, torch.full((1, 1), times[0] ** 2), times)
+    assert seen == asked and end.item() == pytest.approx(times[-1] ** 2, abs=1e-6)
+
+
+def test_straightness_by_hand():
+    """v = a t is straight in space but not in time: S = a² times the variance of k/N."""
+    x0, a, n = torch.zeros(2, 1, 2, 2, dtype=F64), 3.0, 10
+    model = lambda x, t: a * t.view(-1, 1, 1, 1).double().expand_as(x)
+    assert flow.straightness(model, x0, n) == pytest.approx(a**2 * (n**2 - 1) / (12 * n**2))
+
+
+def test_the_loss_of_a_flow_has_noise_at_0_and_data_at_1():
+    x0, x1, seen = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), []
+    spy = lambda x, t: seen.append(x) or torch.zeros_like(x)
+    loss = flow.flow_loss(spy, x0, x1, torch.tensor([0.0, 1.0, 0.25]))
+    assert torch.equal(seen[0][0], x0[0]) and torch.equal(seen[0][1], x1[1])
+    assert torch.allclose(seen[0][2], 0.75 * x0[2] + 0.25 * x1[2])
+    assert loss.item() == pytest.approx((x1 - x0).square().mean().item())
+    assert flow.flow_loss(lambda x, t: x1 - x0, x0, x1, torch.rand(3)).item() == 0
+    loss = flow.flow_loss(spy, x0, x1, torch.rand(3), error=F.l1_loss)
+    assert loss.item() == pytest.approx((x1 - x0).abs().mean().item())
+
+
+def test_the_loss_is_least_for_the_exact_flow():
+    rng = seeded(0)
+    x0 = torch.randn(4000, 2, generator=rng)
+    x1 = (torch.randint(2, (4000, 1), generator=rng) * 2.0 - 1).expand(-1, 2)
+    t = 0.9 * torch.rand(4000, generator=rng)
+    best = flow.flow_loss(two_points, x0, x1, t)
+    for wrong in (lambda x, t: -two_points(x, t), lambda x, t: two_points(x, 0.9 - t),
+                  lambda x, t: 1.1 * two_points(x, t)):
+        assert flow.flow_loss(wrong, x0, x1, t) > 1.005 * best
+
+
+def train_small_flow(draw_batch, steps: int):
+    """A small network of 2D points and t, trained by flow_loss on draw_batch() -> x0, x1, t."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+    model = lambda x, t: net(torch.cat([x, t.view(-1, 1)], dim=1))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(steps):
+        loss = flow.flow_loss(model, *draw_batch())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def test_a_trained_flow_lands_on_the_data():
+    """A few hundred steps on two points: from noise at t = 0 one must arrive there at t = 1."""
+    points = torch.tensor([[2.0, -1.0], [0.0, 3.0]])
+    model = train_small_flow(lambda: (torch.randn(256, 2), points[torch.randint(2, (256,))],
+                                      torch.rand(256)), steps=400)
+    ends = flow.euler_sample(model, torch.randn(500, 2), 100)
+    nearest = torch.cdist(ends, points).min(1)
+    assert nearest.values.median() < 0.15
+    assert 150 < nearest.indices.sum() < 350  # both, about equally often
+
+
+def test_a_reflow_straightens_the_flow():
+    """Trained on the pairs of a flow that bends, one step goes where the flow needed a hundred."""
+    noise = torch.randn(4000, 2, generator=seeded(0))
+    ends = flow.euler_sample(two_points, noise, 100)
+
+    def draw_batch():
+        index, u = torch.randint(4000, (256,)), torch.rand(256)
+        return noise[index], ends[index], flow.T_DENSITIES["half-at-0"](u)
+
+    model = train_small_flow(draw_batch, steps=500)
+    before, after = (flow.straightness(v, noise[:500], 50) for v in (two_points, model))
+    assert after < 0.2 * before
+    errors = [(flow.euler_sample(v, noise, 1) - ends).square().mean() for v in (two_points, model)]
+    assert errors[1] < 0.2 * errors[0]
+
+
+@pytest.mark.parametrize(("name", "integral"), [
+    ("uniform", lambda t: t),
+    ("logit-normal", lambda t: torch.special.ndtr(torch.logit(t))),
+    ("u-shaped", lambda t: 0.5 + torch.sinh(4 * (2 * t - 1)) / (2 * math.sinh(4))),
+    ("half-at-0", lambda t: 0.75 + torch.sinh(4 * (2 * t - 1)) / (4 * math.sinh(4))),
+])
+def test_t_follows_its_density(name, integral):
+    """A density's t(u) is the inverse of its integral; that of cosh is a sinh."""
+    u = torch.linspace(0.001, 0.999, 999, dtype=F64)
+    t = flow.T_DENSITIES[name](u)
+    smooth = u > 0.5 if name == "half-at-0" else u > 0
+    assert not t[~smooth].any()
+    assert torch.allclose(integral(t[smooth]), u[smooth], atol=1e-9)
+    ends = flow.T_DENSITIES[name](torch.tensor([0.0, 1.0]))
+    assert ends.tolist() == pytest.approx([0, 1], abs=1e-6)
+    assert not flow.T_DENSITIES["all-at-0"](u).any()
+
+
+@pytest.mark.parametrize(("module", "shape"), [(flow, (1, 28, 28)), (latent_flow, (1, 8, 8))])
+def test_pairs_reproduce_and_are_joined_by_the_flow(module, shape):
+    make = lambda seed, x1=None: module.make_pairs(decay(0.7), 150, 20, seeded(seed), x1=x1)
+    x0, x1 = make(3)
+    assert x0.shape == x1.shape == (150, *shape)
+    assert all(torch.equal(a, b) for a, b in zip((x0, x1), make(3)))
+    assert not torch.equal(x0, make(4)[0])
+    assert x0.std().item() == pytest.approx(1, abs=0.03)  # the noise is x0, and not x1
+    assert torch.allclose(x1, x0 * math.exp(-0.7), atol=1e-3)
+    data = torch.rand(150, *shape)
+    x0, x1 = make(3, data)
+    assert torch.equal(x1, data) and torch.allclose(x0, data * math.exp(0.7), atol=1e-3)
+
+
+def test_pairs_are_kept_by_the_thousand(fast_dev, tmp_path, monkeypatch):
+    """A kill among them loses one chunk, and other steps make other pairs from the same noise."""
+    args = fast_dev(flow, "--pairs", "2100", "--real-pairs", "1200", "--train-images", "1200",
+                    "--pair-steps", "1")
+    images, folder, made = torch.rand(1200, 1, 28, 28), tmp_path / "pairs", []
+    make_pairs = flow.make_pairs
+    monkeypatch.setattr(flow, "make_pairs", lambda net, n, *rest: (
+        made.append(n) or make_pairs(net, n, *rest)))
+    whole = flow.load_pairs(args, decay(0.5), folder, images)
+    assert [len(side) for side in whole] == [3300, 3300]
+    assert sorted(made) == [100, 200, 1000, 1000, 1000]
+    assert torch.equal(whole[1][2100:], images.half())  # real images are the ends, in order
+    assert torch.allclose(whole[0][2100:].float(), images * 1.625, atol=2e-3)  # 1 + ½ + ½²/2
+    assert len(whole[0][:2100].flatten(1).unique(dim=0)) == 2100  # no noise twice
+    made.clear()
+    sorted(folder.iterdir())[1].unlink()
+    again = flow.load_pairs(args, decay(0.5), folder, images)
+    assert len(made) == 1 and all(torch.equal(a, b) for a, b in zip(whole, again))
+    args.pairs, args.pair_steps, args.real_pairs = 1050, 2, 0  # nothing of that is there
+    noise, ends = flow.load_pairs(args, decay(0.5), folder, images)
+    assert made[1:] == [1000, 50] and torch.equal(noise, whole[0][:1050])
+    assert not torch.equal(ends, whole[1][:1050])
