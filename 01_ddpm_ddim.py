@@ -4,8 +4,7 @@ Diffusion destroys an image in T small steps: each shrinks it a little and adds 
 Gaussian noise. Many such steps in a row are one Gaussian step, so we can draw x_t from x_0
 directly, and train a network on one random t at a time to tell which noise was added. To
 sample, walk back from pure noise. DDPM takes T small random steps, each of which undoes one
-step of noise. DDIM takes a few large ones: it asks the network which image it expects, moves
-towards that image, and asks again.
+step of noise. DDIM takes a few large ones towards the image that the network expects.
 
     q(x_t | x_{t-1}) = N(√α_t x_{t-1}, β_t I),  α_t = 1 - β_t     Ho et al. 2020, Eq. 2
     q(x_t | x_0)     = N(√ᾱ_t x_0, (1-ᾱ_t) I),  ᾱ_t = α_1 ⋯ α_t   Ho, Eq. 4

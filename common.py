@@ -1,29 +1,23 @@
-"""Plumbing that the numbered scripts share: blocks, digits, options, training, measuring.
-
-Schedules, losses and samplers stand in each script, so that a diff of two shows the method.
-"""
+"""What the numbered scripts share; schedules, losses and samplers stand in each of them."""
 
 import argparse
 import json
 import math
 import os
 import re
-import statistics
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
+from matplotlib import figure, get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import MNIST
-from torchvision.transforms.functional import to_pil_image, to_tensor
-from torchvision.transforms.v2 import RandomAffine
+from torchvision.transforms.v2 import RandomAffine, functional
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -36,15 +30,13 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """Start a branch's last layer at zero, so that a fresh block passes on its input."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():  # so that a fresh block passes on its input
+        nn.init.zeros_(parameter)
     return layer
 
 
 class ResBlock(nn.Module):
     """Two convolutions; time scales and shifts the second norm (Dhariwal & Nichol 2021)."""
-
     def __init__(self, c_in: int, c_out: int, c_time: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(8, c_in)
@@ -57,13 +49,11 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.time(emb)[:, :, None, None].chunk(2, dim=1)  # (B, c_out, 1, 1)
-        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
-        return self.skip(x) + h
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 
 class Attention(nn.Module):
     """Each pixel of (B, C, H, W) attends to all pixels, or to tokens (B, L, c_context)."""
-
     def __init__(self, channels: int, c_context: int | None = None):
         super().__init__()
         self.norm = nn.GroupNorm(8, channels)
@@ -81,19 +71,18 @@ class Attention(nn.Module):
 
 def load_digits(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
     """All images (N, 1, 28, 28) in [-1, 1] and labels (N,), on args.device (188 MB)."""
-    n = args.train_images if train or args.dataset == "synthetic" else 10_000
     if args.dataset == "synthetic":
-        images, labels = synthetic_digits(n, seed=0 if train else 1)
-    else:
-        with one_line_error(f"no MNIST in {args.data_dir}; try --dataset synthetic"):
-            data = MNIST(args.data_dir, train=train, download=True)
-        images, labels = data.data[:n, None] / 127.5 - 1, data.targets[:n]
-    return images.to(args.device), labels.to(args.device)
+        images, labels = synthetic_digits(args.train_images, seed=0 if train else 1)
+        return images.to(args.device), labels.to(args.device)
+    with one_line_error(f"no MNIST in {args.data_dir}; try --dataset synthetic"):
+        data = MNIST(args.data_dir, train=train, download=True)
+    n = args.train_images if train else 10_000
+    return data.data[:n, None].to(args.device) / 127.5 - 1, data.targets[:n].to(args.device)
 
 
 def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images (n, 1, 28, 28) in [-1, 1] and labels (n,) of printed digits."""
-    fonts = [ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 80)
+    fonts = [ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{name}.ttf", 80)
              for name in ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmr10", "cmss10")]
     affine = RandomAffine(degrees=15, translate=(0.05, 0.05), scale=(0.8, 1.1), shear=11)
     images = torch.empty(n, 1, 28, 28)
@@ -104,17 +93,16 @@ def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
             image = Image.new("L", (84, 84))  # drawn three times too large, for smooth edges
             draw = ImageDraw.Draw(image)
             draw.text((42, 42), f"{label}", 255, fonts[i % 5], "mm", stroke_width=i % 3)
-            images[i] = to_tensor(affine(image).reduce(3)) * 2 - 1
+            images[i] = functional.pil_to_tensor(affine(image).reduce(3)) / 127.5 - 1
     return images, labels
 
 
 SPEED_UPS = ["amp", "compile", "graph"]  # bfloat16, torch.compile, CUDA graphs: on CUDA only
-THIS_CALL = {"script", "device", "off", "resume", "sample_only", "eval_samples", "speed"}
+THIS_CALL = {"script", "device", "off", "resume", "sample_only", "eval_samples", "speed", "files"}
 
 
 def number(kind: type, low: float, high: float = 1e9):
-    """An argparse type: an int or a float from `low` to `high`."""
-    def parse(text: str):
+    def parse(text: str):  # an argparse type
         if not low <= (value := kind(text)) <= high:
             raise argparse.ArgumentTypeError(f"{text}: must be {low:g} to {high:g}")
         return value
@@ -124,11 +112,10 @@ def number(kind: type, low: float, high: float = 1e9):
 
 def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float):
     """A parser with the options that all scripts share; each adds those of its method."""
-    script = Path(file).stem
-    count = number(int, 1)
+    script, count = Path(file).stem, number(int, 1)
     devices = [d for d in ("cuda", "mps") if getattr(torch, d).is_available()] + ["cpu"]
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(f"{script}.py", description=summary, formatter_class=form)
+    parser = argparse.ArgumentParser(f"{script}.py", description=summary,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.set_defaults(script=script)
     add = parser.add_argument
     add("--epochs", type=count, default=epochs, help="passes over the training images")
@@ -150,16 +137,14 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dict):
-    """Parse the options; what is typed wins over the checkpoint's, and those over `fast_dev`.
-
-    The checkpoint that --resume or --sample-only ask for is kept as args.state.
-    """
+    """What is typed wins over the checkpoint's options, they over `fast_dev`, it over defaults."""
     args = parser.parse_args(argv)
     if args.fast_dev:
-        folder = Path("runs/fast_dev", args.script)
-        parser.set_defaults(**fast_dev, dataset="synthetic", out_dir=folder)
+        out_dir = Path("runs/fast_dev", args.script)
+        parser.set_defaults(**fast_dev, dataset="synthetic", out_dir=out_dir)
         args = parser.parse_args(argv)
-    path, state = args.out_dir / "checkpoint.pt", {"history": [], "networks": {}}
+    path = args.out_dir / "checkpoint.pt"
+    state = {"history": [], "networks": {}, "training": {}}
     if args.resume or args.sample_only:
         shipped = Path(__file__).parent / "weights" / f"{args.script}.pt"
         state = load_checkpoint(path if args.resume or path.exists() else shipped, args.script)
@@ -189,60 +174,46 @@ def as_function(model: nn.Module, args: argparse.Namespace, sampling: bool = Fal
     """The network as a function that returns float32, with the speed-ups that are on."""
     mode = "reduce-overhead" if sampling and "graph" in args.speed else "default"
     net = torch.compile(model, mode=mode) if "compile" in args.speed else model
-
     def network(*inputs: Tensor) -> Tensor:
         with torch.autocast(args.device, torch.bfloat16, "amp" in args.speed):
-            out = net(*inputs).float()
-        return out.clone() if sampling else out  # a CUDA graph's next replay overwrites it
-
+            return net(*inputs).float().clone()  # a CUDA graph's next replay overwrites it
     return torch.no_grad()(network) if sampling else network
 
 
 class Stage:
-    """A stage of training, with all that its loop needs apart from the loss.
-
-        stage = Stage(args, "flow", model, args.epochs, args.lr, images, labels)
-        for x1, y in stage:  # the batches of all epochs; --resume skips those that are done
-            stage.step(flow_loss(stage.net, ...))
-        stage.ema  # the trained network: a moving average of the weights
-    """
-
+    """Trains a network: `for x, y in stage: stage.step(loss)`; then stage.ema is the result."""
     def __init__(self, args, name: str, model: nn.Module, epochs: int, lr: float, *data: Tensor):
         self.args, self.name, self.epochs, self.data, self.done = args, name, epochs, data, 0
         self.model, self.net = model, as_function(model, args)
         self.steps = len(data[0]) // args.batch_size  # in an epoch
-        total = epochs * self.steps
+        total, warm_up = epochs * self.steps, min(200, epochs * self.steps / 10)
         decay = min(args.ema_decay, 1 - 10 / max(total, 10))  # averages a tenth of a short run
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.ema = self.average.module.eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr, fused=True)
-        self.rng = torch.Generator(args.device).manual_seed(args.seed)
         self.parts = model, self.average, self.optimizer
         if name in args.state["networks"]:
             with one_line_error(f"{args.checkpoint} does not fit these options"):
-                saved = args.state["training"][name]
-                self.done = saved["done"]
-                for part, state in zip(self.parts, saved["parts"]):
+                self.done, *states = args.state["training"][name]
+                for part, state in zip(self.parts, states):
                     part.load_state_dict(state)
-                if args.state["device"] == args.device:  # a GPU cannot use a CPU's random state
-                    self.rng.set_state(saved["rng"])
         self.optimizer.param_groups[0]["initial_lr"] = lr  # not the checkpoint's
-        warm_up = min(200, total / 10)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(  # up, then straight down to zero
-            self.optimizer, lambda i: min((i + 1) / warm_up, 1) * (1 - i / total),
+            self.optimizer, lambda i: min((i + 1) / warm_up, 1) * max(1 - i / total, 0),
             last_epoch=self.done * self.steps - 1)
 
     def __iter__(self):
-        bar = tqdm(desc=self.name, total=self.epochs * self.steps, initial=self.done * self.steps)
+        args, total = self.args, self.epochs * self.steps
+        bar = tqdm(range(total), self.name, initial=self.done * self.steps, mininterval=1)
         while self.done < self.epochs:
             self.losses, start = [], time.perf_counter()
-            order = torch.randperm(len(self.data[0]), generator=self.rng, device=self.args.device)
-            for index in order.split(self.args.batch_size)[: self.steps]:
+            self.rng = torch.Generator(args.device).manual_seed(1000 * args.seed + self.done)
+            order = torch.randperm(len(self.data[0]), generator=self.rng, device=args.device)
+            for index in order.split(args.batch_size)[: self.steps]:  # of equal size
                 yield [part[index] for part in self.data]
-                if bar.update():  # now and then, since reading a loss makes a GPU wait
+                if bar.update():  # once a second, since reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(self.losses[-100:]).mean().item())
             self.end_epoch(time.perf_counter() - start)
-        bar.close()
 
     def step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -253,30 +224,24 @@ class Stage:
         self.losses.append(loss.detach())
 
     def end_epoch(self, seconds: float) -> None:
-        """Keep all that --resume needs."""
-        args, state = self.args, self.args.state
-        loss = torch.stack(self.losses).mean().item()
+        args, state, loss = self.args, self.args.state, torch.stack(self.losses).mean().item()
         if not math.isfinite(loss):
-            sys.exit(f"the loss became {loss}; try a lower --lr ({args.checkpoint} is unchanged)")
+            sys.exit(f"the loss became {loss}: try a lower --lr ({args.checkpoint} is unchanged)")
         self.done += 1
-        state["history"].append({
-            "stage": self.name, "epoch": self.done, "loss": loss,
-            "lr": self.scheduler.get_last_lr()[0], "seconds": seconds,
-            "images_per_second": self.steps * args.batch_size / seconds})
+        rate, lr = self.steps * args.batch_size / seconds, self.scheduler.get_last_lr()[0]
+        state["history"].append({"stage": self.name, "epoch": self.done, "loss": loss, "lr": lr,
+                                 "seconds": seconds, "images_per_second": rate})
         state["networks"][self.name] = self.ema.state_dict()
-        state.setdefault("training", {})[self.name] = {
-            "done": self.done, "parts": [part.state_dict() for part in self.parts],
-            "rng": self.rng.get_state()}
+        state["training"][self.name] = [self.done, *(part.state_dict() for part in self.parts)]
         state |= origin(args)
         save(args.checkpoint, state)
-        lines = map(json.dumps, state["history"])
-        (args.out_dir / "metrics.jsonl").write_text("\n".join(lines))
+        lines = [json.dumps(epoch) + "\n" for epoch in state["history"]]
+        (args.out_dir / "metrics.jsonl").write_text("".join(lines))
 
 
 def save(path: Path, state: dict) -> None:
-    """torch.save, whole or not at all: written beside, then renamed."""
     torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    path.with_suffix(".tmp").replace(path)  # a kill leaves the old file whole
 
 
 def origin(args: argparse.Namespace) -> dict:
@@ -284,15 +249,13 @@ def origin(args: argparse.Namespace) -> dict:
     cpuinfo = Path("/proc/cpuinfo")  # where Linux names the processor
     names = re.findall("model name.*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     cpu = f"{os.cpu_count()} cores, {(names or ['unknown CPU'])[0]}"
-    return {"script": args.script, "torch": str(torch.__version__), "device": args.device,
-            "speed_ups": args.speed,
+    kept = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, list))}
+    return {"script": args.script, "args": {k: kept[k] for k in kept if k not in THIS_CALL},
             "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
-            "args": {key: value for key, value in vars(args).items()
-                     if key not in THIS_CALL and isinstance(value, (int, float, str, list))}}
+            "torch": str(torch.__version__), "device": args.device, "speed_ups": args.speed}
 
 
 def load_checkpoint(path: Path, script: str) -> dict:
-    """What `script` saved in `path`, on the CPU; anything else ends in one line."""
     with one_line_error(f"cannot use {path} as a checkpoint of {script}.py"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         assert state["script"] == script, f"it is one of {state['script']}.py"
@@ -310,29 +273,24 @@ def load_networks(state: dict, models: dict[str, nn.Module]) -> dict[str, nn.Mod
 
 
 def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
-    """What sample(noise, rng) returns, and the median seconds of up to five more runs; on a CPU
-    the first run counts if it takes over five seconds."""
-    seconds = []
+    """What sample(noise, rng) returns, and its seconds: the median of up to five runs."""
+    seconds = []  # the first counts only if there is no other: on a CPU, from five seconds on
     while len(seconds) < 1 + noise.is_cuda or len(seconds) < 6 and sum(seconds) < 5:
-        rng = torch.Generator(noise.device).manual_seed(seed)
         start = time.perf_counter()
-        images = sample(noise, rng)
+        images = sample(noise, torch.Generator(noise.device).manual_seed(seed))
         images.sum().item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    return images, statistics.median(seconds[1:] or seconds)
+    return images, torch.tensor(seconds[1:] or seconds).median().item()
 
 
 def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
-    """Draw, time and keep what each of the samplers makes of the same noise; fast ones first.
-
-    A sampler is (made, sample): `made` has a name, and method, sampler and steps for
-    05_compare.py; sample(noise, rng) returns images.
-    """
-    history, losses, rows, timings = args.state["history"], {}, {}, []
-    for epoch in history:
-        losses.setdefault(epoch["stage"], []).append((epoch["epoch"], epoch["loss"]))
-    lines = {stage: zip(*points) for stage, points in losses.items()}
-    save_plot(args.out_dir / "loss.png", lines, title="Training loss", xlabel="epoch", yscale="log")
+    """Draw, time and keep what samplers make of the same noise. A sampler is (made, sample):
+    its name, and for 05_compare.py method, sampler and steps; images = sample(noise, rng)."""
+    points, rows, timings = {}, {}, []
+    for epoch in args.state["history"]:
+        points.setdefault(epoch["stage"], []).append((epoch["epoch"], epoch["loss"]))
+    curves = {stage: zip(*xys) for stage, xys in points.items()}
+    save_plot(args.out_dir / "loss.png", curves, title="Loss", xlabel="epoch", yscale="log")
     large = noise.repeat(64 if noise.is_cuda else 4, 1, 1, 1)
     for made, sample in samplers:
         images, seconds = time_sampler(sample, noise, args.seed)
@@ -345,9 +303,9 @@ def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
         timings.append(made | {"images": len(noise), "seconds": seconds,
                                "large_batch": len(large), "images_per_second": rate})
     save_grid(torch.cat([*rows.values()]), args.out_dir / "samples.png", overview, 10, [*rows])
-    report = {"trained_on": args.state["hardware"], "samplers": timings,
-              "training_seconds": sum(epoch["seconds"] for epoch in history)}
-    (args.out_dir / "timings.json").write_text(json.dumps(origin(args) | more | report, indent=1))
+    report = origin(args) | more | {"trained_on": args.state["hardware"], "samplers": timings}
+    report["training_seconds"] = sum(epoch["seconds"] for epoch in args.state["history"])
+    (args.out_dir / "timings.json").write_text(json.dumps(report, indent=1))
     wanted = args.eval_samples if args.eval_samples is not None else 10_000 * noise.is_cuda
     rng = torch.Generator().manual_seed(args.seed + 1)  # of the CPU: the same on every device
     noise = torch.randn(wanted, *noise.shape[1:], generator=rng).to(args.device)
@@ -367,25 +325,24 @@ def to_uint8(images: Tensor) -> Tensor:
 def save_grid(images: Tensor, path: Path, title: str, columns: int, rows=(), below=()) -> None:
     """(N, 1, 28, 28) in [-1, 1] as a PNG, with names for the rows and columns."""
     grid = make_grid(to_uint8(images), nrow=columns)[0]
-    axes = Figure(figsize=[side / 50 + 0.8 for side in grid.T.shape]).subplots()
+    axes = figure.Figure(figsize=[side / 50 + 0.8 for side in grid.T.shape]).subplots()
     axes.imshow(grid, cmap="gray", vmin=0, vmax=255)
-    axes.set_xticks([17 + 30 * i for i in range(len(below))], below)
-    axes.set_yticks([17 + 30 * i for i in range(len(rows))], rows)
-    axes.set_title(title)
+    axes.set(title=title, xticks=range(17, 30 * len(below), 30), xticklabels=below)
+    axes.set(yticks=range(17, 30 * len(rows), 30), yticklabels=rows)  # middles of the images
     axes.figure.savefig(path, bbox_inches="tight")
 
 
 def save_gif(frames: list[Tensor], path: Path, columns: int) -> None:
     """Batches of images as a film, three times enlarged; the last one stays for two seconds."""
-    grids = [make_grid(to_uint8(images), nrow=columns) for images in frames]
-    film = [to_pil_image(grid.repeat_interleave(3, 1).repeat_interleave(3, 2)) for grid in grids]
+    grids = [make_grid(to_uint8(images), columns).repeat_interleave(3, 1) for images in frames]
+    film = [functional.to_pil_image(grid.repeat_interleave(3, 2)) for grid in grids]
     durations = [120] * (len(film) - 1) + [2000]  # milliseconds
     film[0].save(path, append_images=film[1:], save_all=True, loop=0, duration=durations)
 
 
 def save_plot(path: Path, lines: dict, style: str = ".-", **labels) -> None:
     """`lines` maps a name to (x values, y values); `labels` are title, xlabel, ylabel, yscale."""
-    axes = Figure(figsize=(6, 4)).subplots()
+    axes = figure.Figure(figsize=(6, 4)).subplots()
     for name, (x, y) in lines.items():
         axes.plot(x, y, style, label=name)
     axes.set(**labels)

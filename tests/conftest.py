@@ -8,13 +8,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # on a busy machine, threads that wait for each other crawl
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 torch.set_num_threads(1)  # in case that test_smoke.py was imported first
 
-import common  # noqa: E402
-from scripts import compare, options  # noqa: E402
+from scripts import compare, options
+
+import common
 
 
 @pytest.fixture(autouse=True)

@@ -41,9 +41,13 @@ def usage_error(module, typed: list[str], capsys) -> str:
 
 
 def assert_same(one: dict, two: dict) -> None:
-    """Two checkpoints are equal bit for bit, but for the times in their histories."""
-    for part in ("networks", "training"):
-        torch.testing.assert_close(one[part], two[part], rtol=0, atol=0)
+    """Two checkpoints agree bit for bit, but for the times in their histories.
+
+    Of the training, only the last stage has to agree: what is done is not needed any longer.
+    """
+    last = one["history"][-1]["stage"]
+    torch.testing.assert_close(one["networks"], two["networks"], rtol=0, atol=0)
+    torch.testing.assert_close(one["training"][last], two["training"][last], rtol=0, atol=0)
+    timeless = {"seconds": 0, "images_per_second": 0}
     for epoch, again in zip(one["history"], two["history"], strict=True):
-        assert epoch | {"seconds": 0, "images_per_second": 0} == again | {
-            "seconds": 0, "images_per_second": 0}
+        assert epoch | timeless == again | timeless

@@ -1,0 +1,380 @@
+"""What 05 measures: distances and shares by hand, verdicts, tables, and the sets it reads."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from scripts import MODULES, ROOT, compare, one_line, options
+from torchvision.transforms.functional import gaussian_blur, to_pil_image
+
+import common
+
+F64 = torch.float64
+needs_mnist = pytest.mark.skipif(
+    not (ROOT / "data/MNIST/raw").exists(), reason="MNIST is not in data/")
+
+# --------------------------------------------------------------------------------- metrics
+
+
+def gaussian(mean: list, root: list, n: int = 50) -> torch.Tensor:
+    """n points whose sample mean is `mean`, and covariance root @ rootᵀ, both exactly."""
+    z = torch.randn(n, len(mean), dtype=F64, generator=torch.Generator().manual_seed(n))
+    z = torch.linalg.qr(z - z.mean(0)).Q * (n - 1) ** 0.5
+    return z @ torch.tensor(root, dtype=F64).T + torch.tensor(mean)
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    one = gaussian([1.0, 2.0], [[3, 0], [0, 0.5]])
+    two = gaussian([0.0, 4.0], [[1, 0], [0, 2]], n=70)
+    by_hand = 1 + 4 + (3 - 1) ** 2 + (0.5 - 2) ** 2  # |Δµ|² + Σ (σ - σ')²
+    assert compare.frechet_distance(one, two) == pytest.approx(by_hand)
+    root = torch.tensor([[2.0, 0.0], [1.5, 0.3]]).double()  # now Σ and Σ' do not commute
+    product = torch.diag(torch.tensor([9, 0.25]).double()) @ root @ root.T
+    cross = (product.trace() + 2 * product.det().sqrt()).sqrt()  # tr M^½ of a 2x2 matrix
+    by_hand = 1 + 4 + 9 + 0.25 + (root @ root.T).trace() - 2 * cross
+    two = gaussian([0.0, 4.0], root.tolist(), n=70)
+    assert compare.frechet_distance(one, two) == pytest.approx(by_hand.item())
+    assert compare.frechet_distance(two, one) == pytest.approx(by_hand.item())
+    assert compare.frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+    few = torch.randn(5, 64).double()  # fewer points than dimensions
+    assert compare.frechet_distance(few, few) == pytest.approx(0, abs=1e-9)
+    assert compare.frechet_distance(few, few + 0.5) == pytest.approx(64 * 0.25)
+
+
+def test_precision_and_recall_by_hand():
+    line = lambda *points: torch.tensor(points, dtype=F64)[:, None]
+    real = line(0, 1, 2, 10)  # distance to the nearest other: 1, 1, 1, 8
+    fake = line(0.5, 20, 9)  # in reach of 0; of none; of 10
+    assert compare.precision_recall(real, fake, k=1) == pytest.approx((2 / 3, 1))
+    fake = line(0.5, 0.7, 0.8)  # all in reach of 0 or 1; theirs, 0.2, 0.1, 0.1, reaches nothing
+    assert compare.precision_recall(real, fake, k=1) == pytest.approx((1, 0))
+    assert compare.precision_recall(real, fake, k=2) == pytest.approx((1, 0.25))  # 0.7 + 0.3 = 1
+    five = line(0, 1, 2, 3, 10)  # to the third-nearest, which is the rule: 3, 2, 2, 3, 9
+    fake = line(-3.1, -2.9, 5.9, 18.9, 19.1, 40)
+    assert compare.precision_recall(five, fake) == pytest.approx((0.5, 1))
+
+
+class Pixels(torch.nn.Module):
+    """A judge whose features are pixels, and who reads 0 in black images and 1 in white ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.classify = torch.nn.Linear(2, 2, bias=False)
+        self.classify.weight.data = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+
+    def features(self, x):
+        return x[:, 0, 0, :2]
+
+
+def flat_images(shades: list[int]) -> torch.Tensor:
+    return torch.tensor(shades, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 28, 28)
+
+
+def test_features_are_float64_in_order_with_what_is_read():
+    shades = [i % 256 for i in range(1203)]
+    phi, read = compare.features(Pixels(), flat_images(shades))
+    assert phi.dtype == F64 and phi.shape == (1203, 2)
+    assert torch.allclose(phi[:, 1], torch.tensor(shades).double() / 127.5 - 1, atol=1e-6)
+    assert read.tolist() == [int(shade > 127) for shade in shades]
+
+
+@pytest.mark.parametrize(("n_real", "n_fake"), [(2000, 6), (2000, 1100), (6, 6), (5, 8)])
+def test_a_score_is_of_equally_many_real_and_drawn_images(n_real, n_fake, monkeypatch):
+    """Precision and recall; the distance is one to all the real images."""
+    compared, distance = [], []
+    monkeypatch.setattr(compare, "precision_recall", lambda *sets: compared.append(sets) or (1, 0))
+    monkeypatch.setattr(compare, "frechet_distance", lambda *sets: distance.append(sets) or 7.0)
+    real = torch.arange(2.0 * n_real, dtype=F64).view(-1, 2)
+    images = flat_images([i % 200 for i in range(n_fake)])
+    row = compare.score(Pixels(), real, {"images": images, "method": "m"})
+    assert (row["N"], row["method"], row["distance"]) == (n_fake, "m", 7)
+    assert (row["precision"], row["recall"]) == (1, 0)
+    assert "images" not in row and "accuracy" not in row  # for there are no labels
+    (some_real, some_fake), = compared
+    assert len(some_real) == len(some_fake) == min(n_real, n_fake)
+    assert len(some_real.unique(dim=0)) == len(some_real)  # none twice
+    assert torch.isin(some_real, real).all()
+    assert torch.equal(distance[0][0], real) and len(distance[0][1]) == n_fake
+
+
+def test_accuracy_is_the_share_that_is_read_as_it_was_asked_for():
+    samples = {"images": flat_images([0, 1, 2, 253, 254, 255]),
+               "labels": torch.tensor([0, 0, 1, 1, 1, 0])}
+    row = compare.score(Pixels(), torch.randn(9, 2, dtype=F64), samples)
+    assert row["accuracy"] == pytest.approx(4 / 6) and row["misread"] == pytest.approx(2 / 6)
+
+
+@pytest.fixture(scope="module")
+def digits(judge):
+    """The features of 2,000 synthetic digits, and 600 others with labels."""
+    real, _ = compare.features(judge, common.to_uint8(common.synthetic_digits(2000, seed=1)[0]))
+    return real, *common.synthetic_digits(600, seed=2)
+
+
+def test_worse_digits_score_worse(judge, digits):
+    real, images, labels = digits
+
+    def scores(images, labels):
+        return compare.score(judge, real, {"images": common.to_uint8(images), "labels": labels})
+
+    good = scores(images, labels)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noised = [scores(images + s * noise, labels) for s in (0.2, 0.4, 0.8)]
+    blurred = [scores(gaussian_blur(images, 9, s), labels) for s in (0.7, 1.2, 2.0)]
+    dropped = [scores(images[labels > d], labels[labels > d]) for d in (0, 2, 5)]
+    for series in (noised, blurred, dropped):
+        distances = [good["distance"]] + [row["distance"] for row in series]
+        assert distances == sorted(distances) and distances[1] > 1.5 * distances[0]
+    assert noised[-1]["precision"] < 0.5 * good["precision"]
+    assert dropped[-1]["recall"] < 0.6 * good["recall"]
+    assert dropped[-1]["precision"] > 0.9 * good["precision"]  # what is left are still digits
+    assert good["accuracy"] > 0.95 > noised[-1]["accuracy"]
+    wrong = scores(images, (labels + 1) % 10)
+    assert wrong["accuracy"] < 0.05 and wrong["distance"] == good["distance"]
+
+
+@needs_mnist
+def test_the_shipped_classifier_reads_mnist(judge, tmp_path):
+    args = compare.parse_args(["--device", "cpu", "--data-dir", str(ROOT / "data"),
+                               "--out-dir", str(tmp_path)])
+    images, labels = common.load_digits(args, train=False)
+    _, read = compare.features(judge, common.to_uint8(images))
+    assert len(read) == 10_000 and (read == labels).double().mean() > 0.994
+
+
+def test_a_classifier_trained_on_synthetic_digits_reads_others(fast_dev):
+    """It sees shifted images, each with its own label."""
+    args = fast_dev(compare, "--train-images", "1024", "--epochs", "4")
+    judge = compare.train(args)["judge"]
+    images, labels = common.load_digits(args, train=False)
+    _, read = compare.features(judge, common.to_uint8(images[:500]))
+    print("ACC", (read == labels[:500]).double().mean())
+    assert (read == labels[:500]).double().mean() > 0.9
+
+
+# --------------------------------------------------------------------------------- verdicts
+
+CLAIMS = {claim[0].split(".")[0]: claim for claim in compare.CLAIMS}
+ROW = {"method": "diffusion", "sampler": "DDIM", "steps": 100, "distance": 1.2, "seconds": 1.0,
+       "images_per_second": 20.0}
+DDPM = ROW | {"sampler": "DDPM", "steps": 1000}
+LATENT = ROW | {"method": "latent diffusion"}
+GUIDED = [ROW | {"method": "guided diffusion", "guidance": 1, "misread": 0.02},
+          ROW | {"method": "guided diffusion", "guidance": 3}]
+
+
+@pytest.mark.parametrize(("claim", "other", "verdict"), [
+    ("1a", [DDPM | {"seconds": 5.1}], "holds"),
+    ("1a", [DDPM | {"seconds": 4.9}], "does not hold"),
+    ("1b", [DDPM | {"distance": 0.97}], "holds"),
+    ("1b", [DDPM | {"distance": 0.95}], "does not hold"),
+    ("1b", [DDPM | {"steps": 500}], "not measured"),
+    ("2", [LATENT | {"images_per_second": 21.0}], "holds"),
+    ("2", [LATENT | {"images_per_second": 19.0}], "does not hold"),
+    ("2", [LATENT | {"distance": 1.6}], "does not hold"),
+    ("3", [GUIDED[0], GUIDED[1] | {"misread": 0.01}], "holds"),
+    ("3", [GUIDED[0], GUIDED[1] | {"misread": 0.011}], "does not hold"),
+    ("3", [GUIDED[1] | {"misread": 0.011}], "not measured"),
+])
+def test_claims_follow_their_rules(claim, other, verdict):
+    """Each about ROW, or two rows of their own; the figures are those of the two rows."""
+    name, rule, found, figures = compare.judge_claim([ROW, *other], *CLAIMS[claim])
+    assert name.startswith(f"{claim}.") and "times that of" in rule
+    assert found == verdict
+    if verdict == "not measured":
+        assert figures.startswith("no ")
+    elif claim == "1a":
+        assert "1 against" in figures and f"{other[0]['seconds']}" in figures
+
+
+def test_what_a_claim_lacks_is_named():
+    assert compare.judge_claim([], *CLAIMS["1a"])[2:] == ["not measured",
+                                                          "no diffusion DDIM 100"]
+    assert compare.judge_claim([ROW], *CLAIMS["1a"])[2:] == ["not measured",
+                                                             "no diffusion DDPM 1000"]
+    untimed = {key: value for key, value in ROW.items() if key != "seconds"}
+    verdict = compare.judge_claim([untimed, DDPM], *CLAIMS["1a"])[2:]
+    assert verdict[0] == "not measured" and "seconds" in verdict[1]
+
+
+def test_all_five_claims_are_judged():
+    assert sorted({key[0] for key in CLAIMS}) == ["1", "2", "3", "4", "5"]
+    assert len(CLAIMS) == len(compare.CLAIMS)  # each has a number of its own
+
+
+def test_unlike_runs_are_marked():
+    args = argparse.Namespace(fast_dev=False, dataset="mnist")
+    made = {"fast_dev": False, "dataset": "mnist"}
+    epyc, xeon = "2 cores, AMD EPYC", "2 cores, Intel Xeon"
+    rows = [{"args": made, "hardware": epyc}, {"args": made, "hardware": epyc},
+            {"args": made, "hardware": xeon}, {"hardware": epyc},
+            {"args": made | {"fast_dev": True}, "hardware": epyc},
+            {"args": made | {"dataset": "synthetic"}, "hardware": epyc}]
+    compare.add_notes(rows, args)
+    assert [row["note"] for row in rows] == [
+        "", "", f"on {xeon}", "unknown origin", "a miniature", "synthetic digits"]
+
+
+# ------------------------------------------------------------------------------------ sets
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+@pytest.mark.parametrize("content", [
+    b"not a set", b"", torch.zeros(8, 1, 28, 28), [1], {"image": 1}, {"images": [1, 2]},
+    {"images": torch.zeros(8, 1, 28, 28)}, {"images": torch.zeros(8, 28, 28).byte()},
+    {"images": torch.zeros(4, 1, 28, 28).byte()}, {"images": torch.zeros(8, 1, 28, 32).byte()},
+    {"images": torch.zeros(8, 1, 28, 28).byte(), "labels": torch.zeros(7)},
+])
+def test_what_is_not_an_evaluation_set_is_refused_in_one_line(content, tmp_path):
+    path = tmp_path / "set.pt"
+    torch.save(content, path) if type(content) is not bytes else path.write_bytes(content)
+    assert "set.pt" in one_line(compare.load_set, path, 100)
+
+
+def test_a_missing_set_and_a_folder_without_pictures_are_refused(tmp_path):
+    assert "nothing.pt" in one_line(compare.load_set, tmp_path / "nothing.pt", 100)
+    assert str(tmp_path) in one_line(compare.load_set, tmp_path, 100)
+
+
+def write_set(folder, name: str, n: int, seconds: float, seed: int = 0, **made):
+    """An evaluation set of n digits, and timings.json beside it, as common.measure does.
+
+    With seed 0 these are the first training digits of 05's --fast-dev, which has 512.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    images, labels = (part[:n] for part in common.synthetic_digits(512, seed))
+    origin = {"script": folder.name, "hardware": "a machine",
+              "args": {"dataset": "synthetic", "fast_dev": True}}
+    made = origin | {"name": name, "method": "diffusion", "sampler": "DDIM", "steps": 100} | made
+    torch.save(made | {"images": common.to_uint8(images), "labels": labels},
+               folder / f"eval_{name}.pt")
+    path = folder / "timings.json"
+    before = json.loads(path.read_text())["samplers"] if path.exists() else []
+    row = {"name": name, "seconds": seconds, "images_per_second": 16 / seconds}
+    path.write_text(json.dumps(origin | {"samplers": [*before, row]}))
+    return folder / f"eval_{name}.pt"
+
+
+def test_times_come_from_the_same_machine_and_sampler(tmp_path):
+    path = write_set(tmp_path / "01", "one", 5, 2.0)
+    write_set(tmp_path / "01", "two", 5, 3.0)
+    samples = compare.load_set(path, 100)
+    assert compare.timing(samples, path) == {"seconds": 2.0, "images_per_second": 8.0}
+    assert compare.timing(samples | {"name": "three"}, path) == {}
+    assert compare.timing(samples | {"hardware": "another machine"}, path) == {}
+    path.with_name("timings.json").unlink()
+    assert compare.timing(samples, path) == {}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"hardware": "a machine"}',
+                                     '{"hardware": "a machine", "samplers": [3]}'])
+def test_damaged_timings_end_in_one_line(content, tmp_path):
+    path = write_set(tmp_path / "01", "one", 5, 2.0)
+    path.with_name("timings.json").write_text(content)
+    message = one_line(compare.timing, compare.load_set(path, 100), path)
+    assert str(path.with_name("timings.json")) in message
+
+
+def tables(text: str) -> list[list[dict]]:
+    """The tables of a Markdown text, as rows of {heading: cell}."""
+    found = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if not cells:
+            head = None
+        elif head is None:
+            head, rows = cells, []
+            found.append(rows)
+        elif set(cells[0]) != {"-"}:
+            rows.append(dict(zip(head, cells, strict=True)))
+    return found
+
+
+def test_sets_of_different_size_never_share_a_table(judge, tmp_path, capsys):
+    """One table, one floor, one page of verdicts and one plot for each size N."""
+    folder = tmp_path / "runs" / "01_ddpm_ddim"
+    write_set(folder, "DDIM", 20, 2.0)
+    write_set(folder, "DDIM 10", 20, 0.25, steps=10, seed=3)
+    write_set(folder, "DDPM", 40, 20.0, sampler="DDPM", steps=1000)
+    args = compare.parse_args(options(tmp_path / "out", "--runs", str(tmp_path / "runs")))
+    compare.make_figures(args, judge)
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert text in capsys.readouterr().out
+    twenty, verdicts, forty, more_verdicts = tables(text)
+    where = [text.index(line) for line in ("N = 20 ", "DDIM ", "N = 40 ", "DDPM ")]
+    assert where[0] < where[1] < where[2] and text.index("training digits") > where[0]
+    assert [(row["method"], row["sampler"], row["steps"]) for row in twenty] == [
+        ("diffusion", "DDIM", "10"), ("diffusion", "DDIM", "100"), ("training digits", "", "")]
+    assert [(row["method"], row["sampler"], row["steps"]) for row in forty] == [
+        ("diffusion", "DDPM", "1,000"), ("training digits", "", "")]
+    assert [row["seconds for 16"] for row in twenty] == ["0.25", "2", ""]
+    # the 20 digits of seed 0 are the training digits themselves
+    assert twenty[1]["Fréchet distance"] == twenty[2]["Fréchet distance"]
+    assert float(twenty[0]["Fréchet distance"]) > 0
+    assert twenty[2]["Fréchet distance"] != forty[1]["Fréchet distance"]
+    assert all(row["verdict"] == "not measured" for row in [*verdicts, *more_verdicts])
+    plots = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert {"quality_network_calls_20.png", "quality_network_calls_40.png"} <= plots
+    for script in MODULES[1:-1]:
+        assert script.__name__ in text  # is missing, and named
+
+
+def test_rows_of_equal_size_are_judged(judge, tmp_path):
+    write_set(tmp_path / "runs" / "01_ddpm_ddim", "DDIM", 20, 2.0)
+    write_set(tmp_path / "runs" / "01_ddpm_ddim", "DDPM", 20, 20.0, sampler="DDPM", steps=1000)
+    write_set(tmp_path / "runs" / "02", "latent", 20, 0.1, method="latent diffusion",
+              hardware="another machine")
+    args = compare.parse_args(options(tmp_path / "out", "--runs", str(tmp_path / "runs")))
+    compare.make_figures(args, judge)
+    scores, verdicts = tables((tmp_path / "out" / "comparison.md").read_text())
+    assert [row["note" if "note" in row else "not compared:"] for row in scores] == [
+        "", "", "on another machine", ""]
+    found = {row["the report's claim"].split(".")[0]: row["verdict"] for row in verdicts}
+    assert found.pop("1a") == "holds"  # 2 s against 20 s
+    assert found.pop("1b") == "holds"  # the same images
+    assert set(found.values()) == {"not measured"}
+
+
+def test_only_the_first_n_of_each_set_count_if_n_is_given(judge, tmp_path):
+    write_set(tmp_path / "runs" / "01_ddpm_ddim", "DDIM", 40, 2.0)
+    args = compare.parse_args(options(tmp_path / "out", "--runs", str(tmp_path / "runs"),
+                                      "--eval-samples", "20"))
+    compare.make_figures(args, judge)
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    scores, _ = tables(text)
+    assert "N = 20 " in text and "N = 40" not in text
+    assert scores[0]["Fréchet distance"] == scores[1]["Fréchet distance"]
+
+
+def test_without_any_sets_the_floor_stands_alone(judge, tmp_path):
+    args = compare.parse_args(options(tmp_path / "out", "--runs", str(tmp_path / "nothing")))
+    compare.make_figures(args, judge)
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert [row["method"] for row in tables(text)[0]] == ["training digits"]
+    assert "01_ddpm_ddim" in text
+
+
+def test_a_set_and_a_folder_of_pictures_score_alike(judge, tmp_path, capsys):
+    images = common.to_uint8(common.synthetic_digits(30, seed=3)[0])
+    torch.save({"images": images}, tmp_path / "set.pt")
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(images):
+        to_pil_image(image).save(tmp_path / "folder" / f"{i:03}.png")
+    files = [str(tmp_path / "set.pt"), str(tmp_path / "folder")]
+    compare.make_figures(compare.parse_args(options(tmp_path / "out", *files)), judge)
+    rows = {row["method"]: row for row in tables(capsys.readouterr().out)[0]}
+    one, two = (rows[file] for file in files)
+    assert one["Fréchet distance"] == two["Fréchet distance"]
+    assert one["precision"] == two["precision"] and one["recall"] == two["recall"]
+    assert not (tmp_path / "out" / "comparison.md").exists()  # that is for what is in runs/
+
+
+def test_a_classifier_trained_while_scoring_files_can_be_loaded_again(tmp_path):
+    """The files of one call are no option of the next."""
+    images = common.to_uint8(common.synthetic_digits(10, seed=3)[0])
+    torch.save({"images": images}, tmp_path / "set.pt")
+    typed = options(tmp_path / "out", "--train-images", "64", "--epochs", "1")
+    compare.train(compare.parse_args([*typed, str(tmp_path / "set.pt")]))
+    again = ["--device", "cpu", "--out-dir", str(tmp_path / "out"), "--dataset", "synthetic"]
+    assert compare.parse_args(again).files == []
