@@ -270,7 +270,8 @@ def make_figures(args, diffusion: nn.Module) -> None:
     for s in sorted({args.guidance, *args.guidance_sweep}):
         made = {"name": f"DDIM, {n} steps, s = {s:g}", "sampler": "DDIM", "guidance": s}
         samplers.append((made, partial(sample, s=s)))
-    made = {"name": f"DDPM, {n} steps", "sampler": "DDPM", "guidance": args.guidance}
+    s = args.guidance
+    made = {"name": f"DDPM, {n} steps, s = {s:g}", "sampler": "DDPM", "guidance": s}
     samplers.append((made, partial(sample, sampler=ddpm_sample)))
     for made, _ in samplers:
         calls = n if made["guidance"] in (0, 1) else 2 * n  # an image goes through twice

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from matplotlib import figure, get_data_path
+from matplotlib import colormaps, figure, get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,7 +97,7 @@ def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-SPEED_UPS = ["amp", "compile", "graph"]  # bfloat16, torch.compile, CUDA graphs: on CUDA only
+SPEED_UPS = ["amp", "compile", "graph"]  # bfloat16, torch.compile, CUDA graphs: on CUDA
 THIS_CALL = {"script", "device", "off", "resume", "sample_only", "eval_samples", "speed", "files"}
 
 
@@ -130,7 +130,7 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add("--out-dir", type=Path, default=Path("runs", script), help="folder of the results")
     add("--resume", action="store_true", help="continue from the checkpoint in --out-dir")
     add("--sample-only", action="store_true", help="use the checkpoint there, or in weights/")
-    add("--eval-samples", type=number(int, 0), help="images in a set for 05 (10000 on CUDA)")
+    add("--eval-samples", type=number(int, 0), help="size of sets for 05 (10000 on CUDA)")
     add("--off", nargs="+", choices=SPEED_UPS, default=[], help="speed-ups not to use")
     add("--fast-dev", action="store_true", help="a complete run in miniature, in seconds")
     return parser
@@ -148,8 +148,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dic
     if args.resume or args.sample_only:
         shipped = Path(__file__).parent / "weights" / f"{args.script}.pt"
         state = load_checkpoint(path if args.resume or path.exists() else shipped, args.script)
-        if unknown := state["args"].keys() - vars(args).keys():
-            sys.exit(f"{state['path']} was made with options unknown here: {unknown}")
+        if wrong := [k for k, v in state["args"].items() if type(v) is not type(vars(args).get(k))]:
+            sys.exit(f"{state['path']} holds options that do not fit: {wrong}")
         parser.set_defaults(**state["args"])
         args = parser.parse_args(argv)
     args.checkpoint, args.state = path, state
@@ -259,7 +259,7 @@ def load_checkpoint(path: Path, script: str) -> dict:
     with one_line_error(f"cannot use {path} as a checkpoint of {script}.py"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         assert state["script"] == script, f"it is one of {state['script']}.py"
-        assert {"args", "networks", "history", "hardware", "device"} <= state.keys()
+        assert {"networks", "history", "hardware"} <= state.keys() and dict(state["args"])
     print(f"{script}: weights from {path}")
     return state | {"path": str(path)}
 
@@ -280,7 +280,7 @@ def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
         images = sample(noise, torch.Generator(noise.device).manual_seed(seed))
         images.sum().item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    return images, torch.tensor(seconds[1:] or seconds).median().item()
+    return images, torch.tensor(seconds[1:] or seconds).quantile(0.5).item()
 
 
 def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
@@ -343,8 +343,8 @@ def save_gif(frames: list[Tensor], path: Path, columns: int) -> None:
 def save_plot(path: Path, lines: dict, style: str = ".-", **labels) -> None:
     """`lines` maps a name to (x values, y values); `labels` are title, xlabel, ylabel, yscale."""
     axes = figure.Figure(figsize=(6, 4)).subplots()
-    for name, (x, y) in lines.items():
-        axes.plot(x, y, style, label=name)
+    for color, (name, (x, y)) in zip(colormaps["tab20"].colors * 9, lines.items()):
+        axes.plot(x, y, style, label=name, color=color)
     axes.set(**labels)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the plot
     axes.figure.savefig(path, bbox_inches="tight")

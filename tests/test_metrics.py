@@ -145,11 +145,10 @@ def test_the_shipped_classifier_reads_mnist(judge, tmp_path):
 
 def test_a_classifier_trained_on_synthetic_digits_reads_others(fast_dev):
     """It sees shifted images, each with its own label."""
-    args = fast_dev(compare, "--train-images", "1024", "--epochs", "4")
+    args = fast_dev(compare, "--train-images", "1024", "--epochs", "2")
     judge = compare.train(args)["judge"]
     images, labels = common.load_digits(args, train=False)
     _, read = compare.features(judge, common.to_uint8(images[:500]))
-    print("ACC", (read == labels[:500]).double().mean())
     assert (read == labels[:500]).double().mean() > 0.9
 
 
