@@ -81,6 +81,15 @@ def test_the_unet_gives_the_embedding_times_up_to_1000(module, t_max, monkeypatc
     assert seen[0].tolist() == pytest.approx([0, 500, 1000])
 
 
+def test_the_time_embedding_by_hand():
+    """Sines and cosines with periods from 2π to 10,000 times that."""
+    emb = common.timestep_embedding(torch.tensor([7, 400]), 8)
+    for row, t in zip(emb.tolist(), (7, 400)):
+        angles = [t, t * 10 ** (-4 / 3), t * 10 ** (-8 / 3), t * 1e-4]
+        expected = [*map(math.sin, angles), *map(math.cos, angles)]
+        assert row == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("timesteps", [50, 1000])
 def test_the_time_embedding_separates_all_times(timesteps):
     emb = common.timestep_embedding(torch.arange(timesteps) * (1000 / timesteps), 32)
@@ -418,6 +427,7 @@ def test_the_averaged_network_has_the_statistics_of_the_models_batch_norms(fast_
     for (x,) in stage:
         stage.step(stage.net(x).square().mean() + stage.net(x).sum())
     norm, average = model[1], stage.ema[1]
+    assert norm.training and not average.training
     assert norm.running_mean.abs().min() > 0.01
     assert torch.equal(norm.running_mean, average.running_mean)
     assert torch.equal(norm.running_var, average.running_var)
@@ -533,6 +543,23 @@ def test_02_measures_its_latents_and_keeps_that(tmp_path, every_checkpoint):
         saved = torch.load(tmp_path / file, weights_only=True)["networks"]["vae"]
         assert torch.allclose(saved["mean"], mean, atol=1e-5)
         assert torch.allclose(saved["std"], std, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [flow, latent_flow])
+def test_a_reflow_starts_from_the_flow_and_learns_from_its_pairs(module, tmp_path, monkeypatch):
+    """Of this flow, not of an older one that left its pairs in the same folder."""
+    for more in ([], ["--lr", "0.01", "--reflow-lr", "1e-9"]):
+        args = module.parse_args(options(tmp_path, *TINY, *PAIRS, *more))
+        networks = module.train(args)
+    start, trained = (networks[name].state_dict() for name in ("flow", "reflow"))
+    torch.testing.assert_close(start, trained, rtol=0, atol=1e-6)  # with hardly any learning rate
+    pairs = torch.load(next((tmp_path / "pairs").glob("noise*")), weights_only=True)
+    net = common.as_function(networks["flow"], args, sampling=True)
+    ends = module.heun_solve(net, pairs["x0"].float(), [0, 1 / 3, 2 / 3, 1])
+    assert torch.allclose(ends, pairs["x1"].float(), atol=0.01)
+    assert not torch.allclose(ends, pairs["x0"].float(), atol=0.1)  # it does move
+    monkeypatch.delattr(module, "make_pairs")  # for --resume uses those that are there
+    module.train(module.parse_args(["--resume", *options(tmp_path)[1:]]))
 
 
 def test_the_vae_of_02_learns(fast_dev):
@@ -688,9 +715,11 @@ class FakeClock:
     (False, [0.5, 0.1, 0.2, 0.9, 0.3, 0.4], 6, 0.3),  # the median of all but the first
     (False, [5.5], 1, 5.5),  # there is nobody who would wait for more of these
     (False, [4, 2], 2, 2),
-    (False, [9e-3] + [1e-3] * 5, 6, 1e-3),
+    (False, [2, 4], 2, 4),
+    (False, [0.01, 0.1, 0.2, 0.9, 0.3, 0.4], 6, 0.3),
     (True, [60, 1], 2, 1),  # the first run compiles and warms up
     (True, [60, 7], 2, 7),
+    (True, [1, 7], 2, 7),
     (True, [0.5, 0.1, 0.2, 0.9, 0.3, 0.4], 6, 0.3),
 ])
 def test_a_slow_first_run_does_not_count(cuda, seconds, runs, expected, monkeypatch):
@@ -782,6 +811,9 @@ def test_evaluation_sets_follow_the_seed(measured):
     still, wild = one.sets["eval_still_3_steps.pt"], one.sets["eval_wild_s_2.pt"]
     assert "labels" not in still  # none was asked for
     assert wild["labels"].tolist() == [*range(10)] * 12
+    rng = torch.Generator().manual_seed(0)  # the seed of the run, for each sampler anew
+    by_hand = [torch.randn(n, 1, 28, 28, generator=rng).tanh() for n in (50, 50, 20)]
+    assert torch.equal(wild["images"], common.to_uint8(torch.cat(by_hand)))
     drawn = {kind: [x for k, x, _ in one.seen if k == kind and len(x) not in (16, 64)]
              for kind in ("still", "wild")}
     assert all(torch.equal(a, b) for a, b in zip(drawn["still"], drawn["wild"], strict=True))
