@@ -24,8 +24,7 @@ The lines of the loss cross, so no network takes it to 0. The paths of S never c
 
     python 04_rectified_flow.py                 flow, pairs and reflow, for a GPU
 
-Measured on two cores of an Intel Xeon in 83 minutes (README.md has the command): Fréchet
-distance of 5,000 samples (05_compare.py; training digits 0.058), and S:
+Measured by README's command for a CPU: Fréchet distance of 5,000 samples (digits 0.058), S:
     Euler steps   1      2      5      10     S
     flow          52.4   8.19   1.24   0.797  0.077
     reflow        2.63   2.24   1.72   1.55   0.0036
@@ -193,8 +192,9 @@ def train(args) -> dict[str, nn.Module]:
     torch.manual_seed(args.seed)
     models, folder = make_models(args), args.out_dir / "pairs"
     stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, images, labels)
-    if stage.done < args.epochs:
-        shutil.rmtree(folder, ignore_errors=True)  # pairs in it are of an older flow
+    if stage.done < args.epochs:  # pairs and a reflow that exist are of an older flow
+        shutil.rmtree(folder, ignore_errors=True)
+        args.state["networks"].pop("reflow", None)
     for x1, _ in stage:
         x0 = torch.randn(x1.shape, generator=stage.rng, device=x1.device)
         u = torch.rand(len(x1), generator=stage.rng, device=x1.device)

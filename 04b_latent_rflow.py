@@ -15,8 +15,7 @@ straighter, but the decoder draws a clean digit from a latent that is slightly w
 
     python 04b_latent_rflow.py                  flow, pairs and reflow, for a GPU
 
-Measured (the command for a CPU is in README.md: 35 minutes on an Intel Xeon): Fréchet distance
-of 5,000 samples (05_compare.py; training digits 0.058), and S:
+Measured by README's command for a CPU: Fréchet distance of 5,000 samples (digits 0.058), S:
     Euler steps   1      2      5      10     S
     flow          40.3   2.82   1.17   0.923  0.40
     reflow        1.17   1.03   0.905  0.849  0.0036
@@ -247,8 +246,9 @@ def train(args) -> dict[str, nn.Module]:
     vae = load_vae(args, models["vae"])
     data = encode_all(vae, images)  # vs 04: µ and log v of all images, once
     stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, *data)
-    if stage.done < args.epochs:
-        shutil.rmtree(folder, ignore_errors=True)  # pairs in it are of an older flow
+    if stage.done < args.epochs:  # pairs and a reflow that exist are of an older flow
+        shutil.rmtree(folder, ignore_errors=True)
+        args.state["networks"].pop("reflow", None)
     for mu, logvar in stage:
         x1 = vae.to_latent(mu, logvar, stage.rng)  # vs 04: x_1 is a latent
         x0 = torch.randn(x1.shape, generator=stage.rng, device=x1.device)

@@ -895,3 +895,12 @@ def test_300_steps_on_mnist_learn(tmp_path):
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-50:]) / 50 < 0.09  # 0.066 and 0.067 with two seeds; 0.17 without the skips
+
+
+@pytest.mark.parametrize("module", [flow, latent_flow])
+def test_a_flow_that_trains_on_gets_a_new_reflow(module, tmp_path):
+    first = module.train(module.parse_args(options(tmp_path, *TINY, *PAIRS)))
+    before = {name: weight.clone() for name, weight in first["reflow"].state_dict().items()}
+    more = ["--resume", "--epochs", "5", "--device", "cpu", "--out-dir", str(tmp_path)]
+    after = module.train(module.parse_args(more))["reflow"].state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
