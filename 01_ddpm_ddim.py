@@ -24,8 +24,8 @@ step of noise. DDIM takes a few large ones towards the image that the network ex
     python 01_ddpm_ddim.py --epochs 8 --batch-size 64   an hour on two CPU cores
 
 Measured: 8 epochs in 58 minutes on two cores of an AMD EPYC. Fréchet distance of 1,000 samples
-(05_compare.py; training digits score 0.155): DDIM-10 1.78, DDIM-100 0.907, DDPM
-0.586, perhaps because its fresh noise hides errors of a network trained so briefly.
+(05_compare.py; training digits score 0.155): DDIM-10 1.78, DDIM-100 0.907, DDPM 0.586, perhaps
+because its fresh noise hides errors of a network trained so briefly.
 
 Left out: learned variances (Nichol & Dhariwal 2021); networks that predict x_0, not ε.
 """

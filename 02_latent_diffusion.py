@@ -3,9 +3,9 @@
 Most of the work of a diffusion network concerns pixels that say little. So a variational
 autoencoder, a VAE, first learns to turn an image into 64 numbers, its latent, and back. Its
 encoder outputs a Gaussian, so that nearby latents decode to similar images. A VAE can draw by
-itself, from z ~ N(0, I). But with our small weight w, digits do not fill N(0, I), and latents
-from the gaps decode to non-digits. So a second stage trains the diffusion of 01 on the latents
-of the training images. To sample, denoise a latent, and decode it once.
+itself, decoding z ~ N(0, I). But with our small weight w, digits do not fill N(0, I), and the
+gaps decode to non-digits. So a second stage trains the diffusion of 01 on the latents of the
+training images. To sample, denoise a latent, and decode it once.
 
     q(z|x)   = N(µ, diag v),  z = µ + √v e,  e ~ N(0, I)    Kingma & Welling 2014, Eq. 9
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         -Eq. 10; w is β in Higgins 2017

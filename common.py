@@ -205,7 +205,7 @@ class Stage:
     def __iter__(self):
         args, total = self.args, self.epochs * self.steps
         bar = tqdm(range(total), self.name, initial=self.done * self.steps, mininterval=1)
-        while self.done < self.epochs:
+        while self.done < self.epochs:  # each epoch has its own seed, for --resume
             self.losses, start = [], time.perf_counter()
             self.rng = torch.Generator(args.device).manual_seed(1000 * args.seed + self.done)
             order = torch.randperm(len(self.data[0]), generator=self.rng, device=args.device)
@@ -324,7 +324,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def save_grid(images: Tensor, path: Path, title: str, columns: int, rows=(), below=()) -> None:
     """(N, 1, 28, 28) in [-1, 1] as a PNG, with names for the rows and columns."""
-    grid = make_grid(to_uint8(images), nrow=columns)[0]
+    grid = make_grid(to_uint8(images), nrow=columns)[0].numpy()
     axes = figure.Figure(figsize=[side / 50 + 0.8 for side in grid.T.shape]).subplots()
     axes.imshow(grid, cmap="gray", vmin=0, vmax=255)
     axes.set(title=title, xticks=range(17, 30 * len(below), 30), xticklabels=below)
