@@ -215,13 +215,13 @@ def train(args) -> dict[str, nn.Module]:
     model = make_models(args)["diffusion"]
     stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, images, labels)
     for x0, _ in stage:
-        stage.step(diffusion_loss(stage.net, schedule, x0, rng=stage.rng))
+        stage.step(diffusion_loss(stage.model, schedule, x0, rng=stage.rng))
     return {"diffusion": stage.ema}
 
 
 def make_figures(args, diffusion: nn.Module) -> None:
     """16 digits from the same noise by every sampler: pictures, timings, sets for 05."""
-    net = common.as_function(diffusion, args, sampling=True)
+    net = common.as_function(diffusion, args)
     schedule = make_schedule(args.timesteps)
     rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
     noise = torch.randn(16, 1, 28, 28, generator=rng).to(args.device)

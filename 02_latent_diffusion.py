@@ -263,7 +263,7 @@ def train(args) -> dict[str, nn.Module]:
     models = make_models(args)
     stage = common.Stage(args, "vae", models["vae"], args.vae_epochs, args.vae_lr, images)
     for (x,) in stage:
-        stage.step(vae_loss(stage.model, x, args.kl_weight, stage.rng))  # .net has only forward
+        stage.step(vae_loss(stage.model, x, args.kl_weight, stage.rng))
     vae = stage.ema
     mu, logvar = encode_all(vae, images)  # of all images, once
     vae.mean.copy_(mu.mean(0))
@@ -274,7 +274,7 @@ def train(args) -> dict[str, nn.Module]:
     stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, mu, logvar)
     for mu, logvar in stage:
         x0 = vae.to_latent(mu, logvar, stage.rng)  # vs 01: x_0 is a latent
-        stage.step(diffusion_loss(stage.net, schedule, x0, rng=stage.rng))
+        stage.step(diffusion_loss(stage.model, schedule, x0, rng=stage.rng))
     return {"diffusion": stage.ema, "vae": vae}
 
 
@@ -293,7 +293,7 @@ def draw_vae(args, vae: VAE) -> None:
                      rows=["digits", "reconstructions", *["walk between two"] * 4])
     mu, labels = (mu - mu.mean(0)).cpu(), labels.cpu()
     spots = (mu @ torch.linalg.svd(mu, full_matrices=False).Vh[:2].T)[:2000]
-    by_digit = {str(d): spots[labels[:2000] == d].T.tolist() for d in range(10)}
+    by_digit = {str(d): spots[labels[:2000] == d].tolist() for d in range(10)}
     common.save_plot(args.out_dir / "latent_map.png", by_digit, style=".", xlabel="first component",
                      title="2,000 test digits in the latent: two principal components")
 
@@ -301,7 +301,7 @@ def draw_vae(args, vae: VAE) -> None:
 @torch.no_grad()
 def make_figures(args, diffusion: nn.Module, vae: VAE) -> None:
     """16 digits from the same noise by every sampler: pictures, timings, sets for 05."""
-    net = common.as_function(diffusion, args, sampling=True)
+    net = common.as_function(diffusion, args)
     schedule = make_schedule(args.timesteps)
     rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
     noise = torch.randn(16, 1, 8, 8, generator=rng).to(args.device)

@@ -247,13 +247,13 @@ def train(args) -> dict[str, nn.Module]:
     stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, images, labels)
     dropout = args.label_dropout
     for x0, y in stage:
-        stage.step(diffusion_loss(stage.net, schedule, x0, y, dropout, rng=stage.rng))
+        stage.step(diffusion_loss(stage.model, schedule, x0, y, dropout, rng=stage.rng))
     return {"diffusion": stage.ema}
 
 
 def make_figures(args, diffusion: nn.Module) -> None:
     """Ten classes and many scales of guidance: pictures, timings, and sets for 05."""
-    net = common.as_function(diffusion, args, sampling=True)
+    net = common.as_function(diffusion, args)
     schedule = make_schedule(args.timesteps)
     if args.digits:
         return draw_digits(args, net, schedule)

@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None = None):
 T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative distribution
     "uniform": lambda u: u,
     # most t near the middle: Esser et al. 2024, Eq. 19, with m = 0, s = 1
-    "logit-normal": lambda u: torch.special.ndtri(u).sigmoid(),
+    "logit-normal": lambda u: (2**0.5 * torch.erfinv(2 * u - 1)).sigmoid(),
     # most t near the ends, ∝ cosh(4 (2t - 1)): Lee et al. 2024, whose code has 2 for the 4
     "u-shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(4)) / 8,
     # a random half of all t is 0, where a sampler of one step asks; the others are u-shaped
@@ -198,16 +198,16 @@ def train(args) -> dict[str, nn.Module]:
     for x1, _ in stage:
         x0 = torch.randn(x1.shape, generator=stage.rng, device=x1.device)
         u = torch.rand(len(x1), generator=stage.rng, device=x1.device)
-        stage.step(flow_loss(stage.net, x0, x1, T_DENSITIES[args.flow_t](u)))
+        stage.step(flow_loss(stage.model, x0, x1, T_DENSITIES[args.flow_t](u)))
     flow = stage.ema
-    pairs = load_pairs(args, common.as_function(flow, args, sampling=True), folder, images)
+    pairs = load_pairs(args, common.as_function(flow, args), folder, images)
     model, lr = models["reflow"], args.reflow_lr
     model.load_state_dict(flow.state_dict())
     stage = common.Stage(args, "reflow", model, args.reflow_epochs, lr, *pairs)
     for x0, x1 in stage:
         u = torch.rand(len(x1), generator=stage.rng, device=x1.device)
         t = T_DENSITIES[args.reflow_t](u)
-        stage.step(flow_loss(stage.net, x0.float(), x1.float(), t, error=F.l1_loss))
+        stage.step(flow_loss(stage.model, x0.float(), x1.float(), t, error=F.l1_loss))
     return {"flow": flow, "reflow": stage.ema}
 
 
@@ -231,8 +231,8 @@ def load_pairs(args, net, folder: Path, data: Tensor) -> tuple[Tensor, Tensor]:
 
 def make_figures(args, flow: nn.Module, reflow: nn.Module) -> None:
     """16 digits from the same noise by every sampler: pictures, timings, sets for 05."""
-    nets = {"rectified flow": common.as_function(flow, args, sampling=True),
-            "reflow": common.as_function(reflow, args, sampling=True)}
+    nets = {"rectified flow": common.as_function(flow, args),
+            "reflow": common.as_function(reflow, args)}
     rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
     noise = torch.randn(16, 1, 28, 28, generator=rng).to(args.device)
     draw_path(args, nets, noise)

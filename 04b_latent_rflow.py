@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None):
 T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative distribution
     "uniform": lambda u: u,
     # most t near the middle: Esser et al. 2024, Eq. 19, with m = 0, s = 1
-    "logit-normal": lambda u: torch.special.ndtri(u).sigmoid(),
+    "logit-normal": lambda u: (2**0.5 * torch.erfinv(2 * u - 1)).sigmoid(),
     # most t near the ends, ∝ cosh(4 (2t - 1)): Lee et al. 2024, whose code has 2 for the 4
     "u-shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(4)) / 8,
     # a random half of all t is 0, where a sampler of one step asks; the others are u-shaped
@@ -253,17 +253,17 @@ def train(args) -> dict[str, nn.Module]:
         x1 = vae.to_latent(mu, logvar, stage.rng)  # vs 04: x_1 is a latent
         x0 = torch.randn(x1.shape, generator=stage.rng, device=x1.device)
         u = torch.rand(len(x1), generator=stage.rng, device=x1.device)
-        stage.step(flow_loss(stage.net, x0, x1, T_DENSITIES[args.flow_t](u)))
+        stage.step(flow_loss(stage.model, x0, x1, T_DENSITIES[args.flow_t](u)))
     flow = stage.ema
     latents = vae.to_latent(*data, torch.Generator(args.device).manual_seed(args.seed))
-    pairs = load_pairs(args, common.as_function(flow, args, sampling=True), folder, latents)
+    pairs = load_pairs(args, common.as_function(flow, args), folder, latents)
     model, lr = models["reflow"], args.reflow_lr
     model.load_state_dict(flow.state_dict())
     stage = common.Stage(args, "reflow", model, args.reflow_epochs, lr, *pairs)
     for x0, x1 in stage:
         u = torch.rand(len(x1), generator=stage.rng, device=x1.device)
         t = T_DENSITIES[args.reflow_t](u)
-        stage.step(flow_loss(stage.net, x0.float(), x1.float(), t, error=F.l1_loss))
+        stage.step(flow_loss(stage.model, x0.float(), x1.float(), t, error=F.l1_loss))
     return {"flow": flow, "reflow": stage.ema, "vae": vae}
 
 
@@ -299,8 +299,8 @@ def load_pairs(args, net, folder: Path, data: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def make_figures(args, flow: nn.Module, reflow: nn.Module, vae: VAE) -> None:
     """16 digits from the same noise by every sampler: pictures, timings, sets for 05."""
-    nets = {"latent flow": common.as_function(flow, args, sampling=True),
-            "latent reflow": common.as_function(reflow, args, sampling=True)}
+    nets = {"latent flow": common.as_function(flow, args),
+            "latent reflow": common.as_function(reflow, args)}
     rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
     noise = torch.randn(16, 1, 8, 8, generator=rng).to(args.device)
     draw_path(args, vae, nets, noise)

@@ -19,7 +19,7 @@ cloud of samples (recall: are all there?). Training digits score what a perfect 
 FD is called a distance, but it is a squared one. Small sets score too high, so only sets of
 equal size N stand in one table, with the score of N training digits: the floor. Precision and
 recall compare N samples with N test digits. The sets are the files runs/*/eval_*.pt, which the
-other scripts write with --eval-samples; the times come from timings.json beside them.
+other scripts write with --eval-samples, with the times that they measured before.
 
     python 05_compare.py                       score what is in runs/: tables, plots, verdicts
     python 05_compare.py --eval-samples 1000   the first 1,000 images of each set
@@ -33,9 +33,9 @@ beside precision: samples that are spread too widely catch many digits.
 Training a network again moves its distance by 1-3%.
 """
 
-import json
 import statistics
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -99,7 +99,8 @@ def features(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
     for part in images.split(500):
         phi.append(judge.features(part.to(weight.device) / 127.5 - 1))
         digits.append(judge.classify(phi[-1]).argmax(1))
-    return torch.cat(phi).cpu().double(), torch.cat(digits).cpu()
+    phi = torch.cat(phi)
+    return (phi if phi.is_cuda else phi.cpu()).double(), torch.cat(digits).cpu()  # MPS: no double
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
@@ -115,18 +116,27 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     return (mean + a_r.square().sum() + a_g.square().sum() - 2 * cross).item()
 
 
+@lru_cache(2)  # for the real digits, whose set is the same from call to call
+def radii(cloud: Tensor, k: int) -> Tensor:
+    """R of each point of a cloud (N, D): its distance to its k-th nearest neighbour."""
+    nearest = [torch.cdist(part, cloud).topk(k + 1, largest=False) for part in cloud.split(200)]
+    return torch.cat([near.values[:, -1] for near in nearest])  # the first is the point itself
+
+
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """Shares of `fake` (N, D) inside the manifold of `real` (M, D), and of real inside fake's."""
 
     def share_inside(points: Tensor, cloud: Tensor) -> float:
-        radius = torch.cat([  # k + 1, for the nearest is the point itself
-            torch.cdist(part, cloud).topk(k + 1, largest=False).values[:, -1]
-            for part in cloud.split(200)
-        ])
-        inside = [(torch.cdist(part, cloud) <= radius).any(1) for part in points.split(200)]
+        parts = points.split(200)
+        inside = [(torch.cdist(part, cloud) <= radii(cloud, k)).any(1) for part in parts]
         return torch.cat(inside).double().mean().item()
 
     return share_inside(fake, real), share_inside(real, fake)
+
+
+@lru_cache(2)
+def evenly(points: Tensor, n: int) -> Tensor:
+    return points[:: len(points) // n][:n]
 
 
 def score(judge: Judge, real: Tensor, samples: dict) -> dict:
@@ -135,7 +145,7 @@ def score(judge: Judge, real: Tensor, samples: dict) -> dict:
     row = {key: value for key, value in samples.items() if key not in ("images", "labels")}
     row |= {"N": len(phi), "distance": frechet_distance(real, phi)}
     n = min(len(real), len(phi))  # equally many of both
-    row["precision"], row["recall"] = precision_recall(real[:: len(real) // n][:n], phi[:n])
+    row["precision"], row["recall"] = precision_recall(evenly(real, n), phi[:n])
     if "labels" in samples:
         row["accuracy"] = (digits == samples["labels"]).double().mean().item()
         row["misread"] = 1 - row["accuracy"]
@@ -149,9 +159,9 @@ def train(args) -> dict[str, nn.Module]:
     model = make_models(args)["judge"]
     stage = common.Stage(args, "judge", model, args.epochs, args.lr, images, labels)
     shifts = torch.randint(-2, 3, (args.epochs * stage.steps, 2)).tolist()
-    for x, y in stage:
-        x = x.roll(shifts[stage.scheduler.last_epoch], (2, 3))
-        stage.step(F.cross_entropy(stage.net(x), y, label_smoothing=0.05))
+    for i, (x, y) in enumerate(stage, stage.done * stage.steps):
+        x = x.roll(shifts[i], (2, 3))
+        stage.step(F.cross_entropy(stage.model(x), y, label_smoothing=0.05))
     return {"judge": stage.ema}
 
 
@@ -171,20 +181,6 @@ def load_set(path: Path, most: int) -> dict:
     samples = {"method": str(path), "sampler": "", "steps": None} | samples
     samples.setdefault("network_calls", samples["steps"])
     return samples | {k: samples[k][:most] for k in ("images", "labels") if k in samples}
-
-
-def timing(samples: dict, path: Path) -> dict:
-    """What timings.json beside the set says of its sampler, if the same machine made both."""
-    path = path.with_name("timings.json")
-    if not path.exists():
-        return {}
-    with common.one_line_error(f"{path} is damaged; --sample-only writes it again"):
-        timings = json.loads(path.read_text())
-        if timings["hardware"] != samples.get("hardware"):
-            return {}
-        rows = {row["name"]: row for row in timings["samplers"]}
-        row = rows.get(samples["name"], {})
-        return {key: row[key] for key in ("seconds", "images_per_second") if key in row}
 
 
 def add_notes(rows: list[dict], args) -> None:
@@ -274,9 +270,7 @@ def curves(rows: list[dict], x: str, y: str) -> dict:
     """Lines for common.save_plot from the rows that have x and y, by row["line"]."""
     lines, rows = {}, [row for row in rows if x in row and y in row]
     for row in sorted(rows, key=lambda row: (row["line"], row[x])):
-        points = lines.setdefault(row["line"], ([], []))
-        points[0].append(row[x])
-        points[1].append(row[y])
+        lines.setdefault(row["line"], []).append((row[x], row[y]))
     return lines
 
 
@@ -288,8 +282,9 @@ def draw(args, n: int, rows: list[dict], floor: dict) -> None:
     for x, xlabel in (("network_calls", "network calls for an image"),
                       ("seconds", "seconds for 16 images")):
         if lines := curves(rows, x, "distance"):
-            ends = [f(value for xs, _ in lines.values() for value in xs) for f in (min, max)]
-            lines["the floor: training digits"] = (ends, [floor["distance"]] * 2)
+            xs = [point[0] for points in lines.values() for point in points]
+            ends = [(end, floor["distance"]) for end in (min(xs), max(xs))]
+            lines["the floor: training digits"] = ends
             common.save_plot(args.out_dir / f"quality_{x}_{n}.png", lines, xlabel=xlabel,
                              xscale="log", yscale="log", ylabel="Fréchet distance",
                              title=f"Distance to the test digits (lower is better), N = {n:,}")
@@ -310,8 +305,7 @@ def make_figures(args, judge: Judge) -> None:
     images, labels = common.load_digits(args)
     rows = []
     for path, samples in zip(tqdm(paths, "sets"), sets):
-        known = {"method": str(path)} if args.files else timing(samples, path)
-        rows.append(score(judge, real, samples | known))
+        rows.append(score(judge, real, samples | ({"method": str(path)} if args.files else {})))
     add_notes(rows, args)
     order = ("note", "method", "sampler", "steps", "guidance")
     rows.sort(key=lambda row: [row.get(key) or ("" if key in order[:3] else 0) for key in order])

@@ -1,6 +1,7 @@
 """What the numbered scripts share; schedules, losses and samplers stand in each of them."""
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -14,18 +15,14 @@ import torch
 from matplotlib import colormaps, figure, get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.datasets import MNIST
-from torchvision.transforms.v2 import RandomAffine, functional
-from torchvision.utils import make_grid
+from torchvision import datasets, utils
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Times (B,) from 0 to 1000 -> sinusoids (B, dim), Vaswani et al. 2017, section 3.5."""
-    frequencies = torch.exp(torch.linspace(0, -math.log(10_000), dim // 2, device=t.device))
-    angles = t.float()[:, None] * frequencies
+    angles = t.float()[:, None] * torch.logspace(0, -4, dim // 2, device=t.device)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -47,9 +44,9 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(nn.functional.silu(self.norm1(x)))
         scale, shift = self.time(emb)[:, :, None, None].chunk(2, dim=1)  # (B, c_out, 1, 1)
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.skip(x) + self.conv2(nn.functional.silu(self.norm2(h) * (1 + scale) + shift))
 
 
 class Attention(nn.Module):
@@ -65,7 +62,7 @@ class Attention(nn.Module):
         pixels = self.norm(x).flatten(2).mT  # (B, H*W, C)
         q = self.q(pixels)[:, None]  # (B, 1, H*W, C): one head
         k, v = self.kv(pixels if context is None else context)[:, None].chunk(2, dim=-1)
-        h = self.out(F.scaled_dot_product_attention(q, k, v)[:, 0])  # (B, H*W, C)
+        h = self.out(nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])  # (B, H*W, C)
         return x + h.mT.unflatten(2, x.shape[2:])
 
 
@@ -75,8 +72,7 @@ def load_digits(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, T
         images, labels = synthetic_digits(args.train_images, seed=0 if train else 1)
         return images.to(args.device), labels.to(args.device)
     with one_line_error(f"no MNIST in {args.data_dir}; try --dataset synthetic"):
-        data = MNIST(args.data_dir, train=train, download=True)
-    n = args.train_images if train else 10_000
+        data, n = datasets.MNIST(args.data_dir, train=train, download=True), args.train_images
     return data.data[:n, None].to(args.device) / 127.5 - 1, data.targets[:n].to(args.device)
 
 
@@ -84,20 +80,18 @@ def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images (n, 1, 28, 28) in [-1, 1] and labels (n,) of printed digits."""
     fonts = [ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{name}.ttf", 80)
              for name in ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmr10", "cmss10")]
-    affine = RandomAffine(degrees=15, translate=(0.05, 0.05), scale=(0.8, 1.1), shear=11)
-    images = torch.empty(n, 1, 28, 28)
+    affine = v2.RandomAffine(degrees=15, translate=(0.05, 0.05), scale=(0.8, 1.1), shear=11)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        labels = torch.randint(10, (n,))
+        images, labels = [], torch.randint(10, (n,))
         for i, label in enumerate(labels):
-            image = Image.new("L", (84, 84))  # drawn three times too large, for smooth edges
-            draw = ImageDraw.Draw(image)
-            draw.text((42, 42), f"{label}", 255, fonts[i % 5], "mm", stroke_width=i % 3)
-            images[i] = functional.pil_to_tensor(affine(image).reduce(3)) / 127.5 - 1
-    return images, labels
+            image = Image.new("L", (84, 84))  # three times too large, for smooth edges
+            style = {"font": fonts[i % 5], "stroke_width": i % 3, "anchor": "mm"}
+            ImageDraw.Draw(image).text((42, 42), f"{label}", 255, **style)
+            images.append(v2.functional.pil_to_tensor(affine(image).reduce(3)))
+    return torch.stack(images) / 127.5 - 1, labels
 
 
-SPEED_UPS = ["amp", "compile", "graph"]  # bfloat16, torch.compile, CUDA graphs: on CUDA
 THIS_CALL = {"script", "device", "off", "resume", "sample_only", "eval_samples", "speed", "files"}
 
 
@@ -121,7 +115,7 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add("--epochs", type=count, default=epochs, help="passes over the training images")
     add("--batch-size", type=count, default=batch_size, help="images in a training step")
     add("--lr", type=number(float, 1e-9), default=lr, help="peak learning rate of AdamW")
-    add("--ema-decay", type=number(float, 0, 1), default=0.999, help="of the averaged weights")
+    add("--ema-decay", type=number(float, 0, 1), default=0.999, help="of averaged weights")
     add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--dataset", choices=["mnist", "synthetic"], default="mnist", help="what to learn")
@@ -129,9 +123,9 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add("--data-dir", type=Path, default=Path("data"), help="folder of MNIST")
     add("--out-dir", type=Path, default=Path("runs", script), help="folder of the results")
     add("--resume", action="store_true", help="continue from the checkpoint in --out-dir")
-    add("--sample-only", action="store_true", help="use the checkpoint there, or in weights/")
-    add("--eval-samples", type=number(int, 0), help="size of sets for 05 (10000 on CUDA)")
-    add("--off", nargs="+", choices=SPEED_UPS, default=[], help="speed-ups not to use")
+    add("--sample-only", action="store_true", help="use that checkpoint, or weights/")
+    add("--eval-samples", type=number(int, 0), help="size of the sets for 05 (CUDA: 10000)")
+    add("--off", nargs="+", choices=["graph"], default=[], help="speed-ups not to use")
     add("--fast-dev", action="store_true", help="a complete run in miniature, in seconds")
     return parser
 
@@ -140,8 +134,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dic
     """What is typed wins over the checkpoint's options, they over `fast_dev`, it over defaults."""
     args = parser.parse_args(argv)
     if args.fast_dev:
-        out_dir = Path("runs/fast_dev", args.script)
-        parser.set_defaults(**fast_dev, dataset="synthetic", out_dir=out_dir)
+        parser.set_defaults(**fast_dev, dataset="synthetic", out_dir=f"runs/fast_dev/{args.script}")
         args = parser.parse_args(argv)
     path = args.out_dir / "checkpoint.pt"
     state = {"history": [], "networks": {}, "training": {}}
@@ -151,11 +144,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dic
         if wrong := [k for k, v in state["args"].items() if type(v) is not type(vars(args).get(k))]:
             sys.exit(f"{state['path']} holds options that do not fit: {wrong}")
         parser.set_defaults(**state["args"])
-        args = parser.parse_args(argv)
-    args.checkpoint, args.state = path, state
+    args = parser.parse_args(argv, argparse.Namespace(checkpoint=path, state=state))
     if args.batch_size > args.train_images:
         parser.error(f"--batch-size {args.batch_size}: only {args.train_images} images")
-    args.speed = [x for x in SPEED_UPS if args.device == "cuda" and x not in args.off]
+    args.speed = ["graph"] if args.device == "cuda" and not args.off else []
+    print(f"{args.script} on {args.device}, weights: {state.get('path', 'new')}, CUDA graphs:",
+          "on" if args.speed else "off (they need CUDA, and no --off)")
     with one_line_error(f"--out-dir {args.out_dir} cannot be made"):
         args.out_dir.mkdir(parents=True, exist_ok=True)
     return args
@@ -170,70 +164,78 @@ def one_line_error(what: str):
         sys.exit(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
 
-def as_function(model: nn.Module, args: argparse.Namespace, sampling: bool = False):
-    """The network as a function that returns float32, with the speed-ups that are on."""
-    mode = "reduce-overhead" if sampling and "graph" in args.speed else "default"
-    net = torch.compile(model, mode=mode) if "compile" in args.speed else model
+def as_function(model: nn.Module, args: argparse.Namespace):
+    """The network for sampling. On CUDA its work for inputs of one shape is recorded as a graph
+    and started by one call (not with --off graph), for Python takes longer to start the small
+    layers than a GPU to run them. We estimate for an H100 (no GPU has run it yet) 0.4 ms instead
+    of 2.3 for 16 images. Training is eager: with 128 images both sides take 2.5 ms. Autocast
+    would make 313 kernels of 187, and torch.compile take 40 s to save 20 s in 40 epochs.
+    """
+    graphs = {}
+    @torch.no_grad()
     def network(*inputs: Tensor) -> Tensor:
-        with torch.autocast(args.device, torch.bfloat16, "amp" in args.speed):
-            return net(*inputs).float().clone()  # a CUDA graph's next replay overwrites it
-    return torch.no_grad()(network) if sampling else network
+        shape = inputs[0].shape
+        if args.speed and shape not in graphs:
+            graphs[shape] = torch.cuda.make_graphed_callables(
+                model.forward, tuple(x.clone() for x in inputs))
+        return graphs.get(shape, model)(*inputs).clone()  # its next call overwrites it
+    return network
 
 
 class Stage:
     """Trains a network: `for x, y in stage: stage.step(loss)`; then stage.ema is the result."""
     def __init__(self, args, name: str, model: nn.Module, epochs: int, lr: float, *data: Tensor):
-        self.args, self.name, self.epochs, self.data, self.done = args, name, epochs, data, 0
-        self.model, self.net = model, as_function(model, args)
-        self.steps = len(data[0]) // args.batch_size  # in an epoch
-        total, warm_up = epochs * self.steps, min(200, epochs * self.steps / 10)
-        decay = min(args.ema_decay, 1 - 10 / max(total, 10))  # averages a tenth of a short run
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        self.ema = self.average.module.eval().requires_grad_(False)
+        self.args, self.name, self.model, self.epochs, self.lr = args, name, model, epochs, lr
+        self.done, self.data, self.steps = 0, data, len(data[0]) // args.batch_size
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr, fused=True)
-        self.parts = model, self.average, self.optimizer
         if name in args.state["networks"]:
             with one_line_error(f"{args.checkpoint} does not fit these options"):
-                self.done, *states = args.state["training"][name]
-                for part, state in zip(self.parts, states):
-                    part.load_state_dict(state)
-        self.optimizer.param_groups[0]["initial_lr"] = lr  # not the checkpoint's
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(  # up, then straight down to zero
-            self.optimizer, lambda i: min((i + 1) / warm_up, 1) * max(1 - i / total, 0),
-            last_epoch=self.done * self.steps - 1)
+                self.done, weights, state = args.state["training"][name]
+                self.ema.load_state_dict(args.state["networks"][name])
+                model.load_state_dict(weights)
+                self.optimizer.load_state_dict(state)
 
     def __iter__(self):
         args, total = self.args, self.epochs * self.steps
+        warm_up, self.decay = min(200, total / 10), min(args.ema_decay, 1 - 10 / max(total, 10))
+        self.slow, self.fast = ([x for x in net.state_dict().values() if x.is_floating_point()]
+                                for net in (self.ema, self.model))  # with BatchNorm's averages
         bar = tqdm(range(total), self.name, initial=self.done * self.steps, mininterval=1)
-        while self.done < self.epochs:  # each epoch has its own seed, for --resume
-            self.losses, start = [], time.perf_counter()
+        while self.done < self.epochs:
+            self.losses = []  # each epoch has its own seed, for --resume
             self.rng = torch.Generator(args.device).manual_seed(1000 * args.seed + self.done)
             order = torch.randperm(len(self.data[0]), generator=self.rng, device=args.device)
             for index in order.split(args.batch_size)[: self.steps]:  # of equal size
+                i = self.done * self.steps + len(self.losses)
+                lr = self.lr * min((i + 1) / warm_up, 1) * (1 - i / total)  # up, then down to zero
+                self.optimizer.param_groups[0]["lr"] = lr
                 yield [part[index] for part in self.data]
+                if len(self.losses) == 1:  # the first step may warm up, so it is not timed
+                    self.losses[0].item()  # waits for the device
+                    start = time.perf_counter()
                 if bar.update():  # once a second, since reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(self.losses[-100:]).mean().item())
-            self.end_epoch(time.perf_counter() - start)
+            self.end_epoch(lr, torch.stack(self.losses).mean().item(), start)
 
     def step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.scheduler.step()
-        self.average.update_parameters(self.model)
+        torch._foreach_lerp_(self.slow, self.fast, 1 - self.decay)
         self.losses.append(loss.detach())
 
-    def end_epoch(self, seconds: float) -> None:
-        args, state, loss = self.args, self.args.state, torch.stack(self.losses).mean().item()
+    def end_epoch(self, lr: float, loss: float, start: float) -> None:
+        args, state, seconds = self.args, self.args.state, time.perf_counter() - start
         if not math.isfinite(loss):
             sys.exit(f"the loss became {loss}: try a lower --lr ({args.checkpoint} is unchanged)")
         self.done += 1
-        rate, lr = self.steps * args.batch_size / seconds, self.scheduler.get_last_lr()[0]
+        rate = (self.steps - 1) * args.batch_size / seconds
         state["history"].append({"stage": self.name, "epoch": self.done, "loss": loss, "lr": lr,
                                  "seconds": seconds, "images_per_second": rate})
         state["networks"][self.name] = self.ema.state_dict()
-        state["training"][self.name] = [self.done, *(part.state_dict() for part in self.parts)]
-        state |= origin(args)
+        training = [self.done, self.model.state_dict(), self.optimizer.state_dict()]
+        state |= origin(args) | {"training": state["training"] | {self.name: training}}
         save(args.checkpoint, state)
         lines = [json.dumps(epoch) + "\n" for epoch in state["history"]]
         (args.out_dir / "metrics.jsonl").write_text("".join(lines))
@@ -246,9 +248,8 @@ def save(path: Path, state: dict) -> None:
 
 def origin(args: argparse.Namespace) -> dict:
     """What made a file: script, machine, and the options that --resume takes over."""
-    cpuinfo = Path("/proc/cpuinfo")  # where Linux names the processor
-    names = re.findall("model name.*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    cpu = f"{os.cpu_count()} cores, {(names or ['unknown CPU'])[0]}"
+    text = "".join(file.read_text() for file in Path("/proc").glob("cpuinfo"))  # on Linux
+    cpu = f"{os.cpu_count()} cores, " + (re.findall("model name.*: (.+)", text) or ["unknown"])[0]
     kept = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, list))}
     return {"script": args.script, "args": {k: kept[k] for k in kept if k not in THIS_CALL},
             "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
@@ -260,7 +261,6 @@ def load_checkpoint(path: Path, script: str) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         assert state["script"] == script, f"it is one of {state['script']}.py"
         assert {"networks", "history", "hardware"} <= state.keys() and dict(state["args"])
-    print(f"{script}: weights from {path}")
     return state | {"path": str(path)}
 
 
@@ -273,9 +273,9 @@ def load_networks(state: dict, models: dict[str, nn.Module]) -> dict[str, nn.Mod
 
 
 def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
-    """What sample(noise, rng) returns, and its seconds: the median of up to five runs."""
-    seconds = []  # the first counts only if there is no other: on a CPU, from five seconds on
-    while len(seconds) < 1 + noise.is_cuda or len(seconds) < 6 and sum(seconds) < 5:
+    """What sample(noise, rng) returns, and its seconds: the median of up to three runs."""
+    seconds = []  # the first warms up; on a CPU, from five seconds on, there is no other
+    while len(seconds) < 2 - noise.is_cpu or len(seconds) < 4 and sum(seconds) < 5:
         start = time.perf_counter()
         images = sample(noise, torch.Generator(noise.device).manual_seed(seed))
         images.sum().item()  # waits for the device
@@ -284,14 +284,12 @@ def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
 
 
 def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
-    """Draw, time and keep what samplers make of the same noise. A sampler is (made, sample):
-    its name, and for 05_compare.py method, sampler and steps; images = sample(noise, rng)."""
+    """Draw, time and keep what `samplers`, pairs (made, sample(noise, rng)), make of `noise`."""
     points, rows, timings = {}, {}, []
     for epoch in args.state["history"]:
         points.setdefault(epoch["stage"], []).append((epoch["epoch"], epoch["loss"]))
-    curves = {stage: zip(*xys) for stage, xys in points.items()}
-    save_plot(args.out_dir / "loss.png", curves, title="Loss", xlabel="epoch", yscale="log")
-    large = noise.repeat(64 if noise.is_cuda else 4, 1, 1, 1)
+    save_plot(args.out_dir / "loss.png", points, title="Loss", xlabel="epoch", yscale="log")
+    large = noise.repeat(63, 1, 1, 1)[: 1000 if noise.is_cuda else 64]
     for made, sample in samplers:
         images, seconds = time_sampler(sample, noise, args.seed)
         title = f"{made['name']}: {len(noise)} digits in {seconds:.3f} s"
@@ -300,18 +298,21 @@ def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
         rows[f"{made['name']}\n{seconds:.3f} s"] = images[:10]
         rate = len(large) / time_sampler(sample, large, args.seed)[1]
         print(f"{title}; {rate:.1f} images/s in batches of {len(large)}")
-        timings.append(made | {"images": len(noise), "seconds": seconds,
-                               "large_batch": len(large), "images_per_second": rate})
+        made |= {"seconds": seconds, "images_per_second": rate}
+        timings.append(made | {"images": len(noise), "large_batch": len(large)})
     save_grid(torch.cat([*rows.values()]), args.out_dir / "samples.png", overview, 10, [*rows])
     report = origin(args) | more | {"trained_on": args.state["hardware"], "samplers": timings}
     report["training_seconds"] = sum(epoch["seconds"] for epoch in args.state["history"])
+    networks = args.state["networks"].items()
+    report["parameters"] = {name: sum(map(torch.numel, net.values())) for name, net in networks}
     (args.out_dir / "timings.json").write_text(json.dumps(report, indent=1))
-    wanted = args.eval_samples if args.eval_samples is not None else 10_000 * noise.is_cuda
-    rng = torch.Generator().manual_seed(args.seed + 1)  # of the CPU: the same on every device
+    by_default = 10_000 if noise.is_cuda and not args.sample_only else 0
+    wanted = by_default if args.eval_samples is None else args.eval_samples
+    rng = torch.Generator().manual_seed(args.seed + 1)  # of the CPU: the same anywhere
     noise = torch.randn(wanted, *noise.shape[1:], generator=rng).to(args.device)
     for made, sample in samplers if wanted else ():
         rng = torch.Generator(args.device).manual_seed(args.seed)
-        parts = tqdm(noise.split(1000 if noise.is_cuda else 50), f"{wanted}, {made['name']}")
+        parts = tqdm(noise.split(len(large)), f"{wanted}, {made['name']}")
         made["images"] = torch.cat([to_uint8(sample(part, rng)) for part in parts])
         if "classes" in made:  # they were asked for in turn
             made["labels"] = torch.arange(wanted) % made["classes"]
@@ -324,27 +325,26 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def save_grid(images: Tensor, path: Path, title: str, columns: int, rows=(), below=()) -> None:
     """(N, 1, 28, 28) in [-1, 1] as a PNG, with names for the rows and columns."""
-    grid = make_grid(to_uint8(images), nrow=columns)[0].numpy()
+    grid = utils.make_grid(to_uint8(images), nrow=columns)[0].numpy()
     axes = figure.Figure(figsize=[side / 50 + 0.8 for side in grid.T.shape]).subplots()
     axes.imshow(grid, cmap="gray", vmin=0, vmax=255)
     axes.set(title=title, xticks=range(17, 30 * len(below), 30), xticklabels=below)
-    axes.set(yticks=range(17, 30 * len(rows), 30), yticklabels=rows)  # middles of the images
+    axes.set(yticks=range(17, 30 * len(rows), 30), yticklabels=rows)  # middles of images
     axes.figure.savefig(path, bbox_inches="tight")
 
 
 def save_gif(frames: list[Tensor], path: Path, columns: int) -> None:
-    """Batches of images as a film, three times enlarged; the last one stays for two seconds."""
-    grids = [make_grid(to_uint8(images), columns).repeat_interleave(3, 1) for images in frames]
-    film = [functional.to_pil_image(grid.repeat_interleave(3, 2)) for grid in grids]
-    durations = [120] * (len(film) - 1) + [2000]  # milliseconds
-    film[0].save(path, append_images=film[1:], save_all=True, loop=0, duration=durations)
+    """Batches of images as a film, three times enlarged; the last stays for 2 seconds."""
+    big = [nn.functional.interpolate(images, scale_factor=3.0) for images in frames]
+    film = [v2.functional.to_pil_image(utils.make_grid(to_uint8(x), columns)) for x in big]
+    film[0].save(path, append_images=film[1:] + 16 * film[-1:], save_all=True, duration=120, loop=0)
 
 
 def save_plot(path: Path, lines: dict, style: str = ".-", **labels) -> None:
-    """`lines` maps a name to (x values, y values); `labels` are title, xlabel, ylabel, yscale."""
+    """`lines` maps a name to points (x, y); `labels` are title, xlabel, ylabel, yscale."""
     axes = figure.Figure(figsize=(6, 4)).subplots()
-    for color, (name, (x, y)) in zip(colormaps["tab20"].colors * 9, lines.items()):
-        axes.plot(x, y, style, label=name, color=color)
+    for color, (name, points) in zip(colormaps["tab20"].colors * 9, lines.items()):
+        axes.plot(*zip(*points), style, label=name, color=color)
     axes.set(**labels)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the plot
     axes.figure.savefig(path, bbox_inches="tight")

@@ -25,7 +25,7 @@ def main() -> None:
         args = script.parse_args(["--out-dir", "runs/latent_cost"])
         models, schedule = script.make_models(args), script.make_schedule(args.timesteps)
         decode = models["vae"].eval().to_images if "vae" in models else lambda x: x
-        net = common.as_function(models["diffusion"], args, sampling=True)
+        net = common.as_function(models["diffusion"], args)
 
         def sample(noise, rng, net=net, script=script, schedule=schedule, decode=decode):
             with torch.no_grad():

@@ -112,7 +112,7 @@ def train_ddpm_pytorch(dim: int, device: str, steps: int, folder: Path) -> tuple
 
 def sample_ours(device: str, folder: Path) -> float:
     args = ddpm.parse_args(["--device", device, "--out-dir", str(folder)])
-    net = common.as_function(ddpm.make_models(args)["diffusion"], args, sampling=True)
+    net = common.as_function(ddpm.make_models(args)["diffusion"], args)
     schedule = ddpm.make_schedule(1000)
     x_T = torch.randn(16, 1, 28, 28, device=device)
     ddpm.ddim_sample(net, schedule, x_T, 10)  # warm-up
@@ -131,12 +131,11 @@ def sample_diffusers(width: int, device: str) -> float:
     return clock(device) - start
 
 
-def floor(device: str) -> tuple[float, float]:
+def floor(device: str, n: int) -> tuple[float, float]:
     """Images/s of training if only 01's convolutions and matrix products took time, at the rate
-    of one large matrix product (bfloat16 on CUDA, else float32); and that rate in FLOP/s."""
+    of one product of n x n matrices (bfloat16 on CUDA, else float32); and that rate in FLOP/s."""
     with FlopCounterMode(display=False) as counter:
         ddpm.UNet(32, 1000)(torch.randn(1, 1, 28, 28), torch.zeros(1))
-    n = 8192 if device == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
     a @ a  # warm-up
     start = clock(device)
@@ -179,7 +178,7 @@ def main() -> None:
                 seconds.setdefault(net, []).append(run())
     cores = f"{torch.get_num_threads()} CPU cores"
     hardware = torch.cuda.get_device_name() if device == "cuda" else cores
-    bound, flops = floor(device)
+    bound, flops = floor(device, 8192 if device == "cuda" else 2048)
     print(f"\n{hardware}, torch {torch.__version__}; median (lowest to highest)")
     print(f"a matrix product: {flops / 1e9:.0f} GFLOP/s; 01 at that rate: {bound:.0f} images/s")
     for head, unit, results in (("training", "images/s", rates),

@@ -25,7 +25,7 @@ rflow = importlib.import_module("04_rectified_flow")
 def networks(script):
     args = script.parse_args(["--sample-only", "--out-dir", "runs/loss_by_t"])
     models = common.load_networks(args.state, script.make_models(args))
-    return args, {name: common.as_function(model, args, True) for name, model in models.items()}
+    return args, {name: common.as_function(model, args) for name, model in models.items()}
 
 
 def main() -> None:
@@ -33,14 +33,13 @@ def main() -> None:
     args, models = networks(ddpm)
     x = common.load_digits(args, train=False)[0][:500].cpu()
     schedule = ddpm.make_schedule(args.timesteps)
-    middles, losses = [], []
+    points = []
     for low, high in pairwise(torch.linspace(0, args.timesteps, 11).int().tolist()):
         t, noise = torch.randint(low, high, (len(x),), generator=rng), torch.randn(x.shape)
         x_t = ddpm.q_sample(schedule, x, t, noise).to(args.device)
         eps = models["diffusion"](x_t, t.to(args.device)).cpu()
-        middles.append((low + high) / 2)
-        losses.append(F.mse_loss(eps, noise).item())
-    common.save_plot(Path("runs/loss_by_t/01_loss_by_t.png"), {"test digits": (middles, losses)},
+        points.append(((low + high) / 2, F.mse_loss(eps, noise).item()))
+    common.save_plot(Path("runs/loss_by_t/01_loss_by_t.png"), {"test digits": points},
                      title="DDPM: faint noise is the hardest to predict", yscale="log",
                      xlabel="timestep t (0 is clean)", ylabel="squared error of the noise")
 
@@ -55,7 +54,7 @@ def main() -> None:
             x0, x1 = x0.to(args.device), x1.to(args.device)
             losses.append(rflow.flow_loss(models[name], x0, x1, t).item())
         print(line, [round(loss, 4) for loss in losses], sum(losses) / 10)
-        lines[line] = ([(i + 0.5) / 10 for i in range(10)], losses)
+        lines[line] = [((i + 0.5) / 10, loss) for i, loss in enumerate(losses)]
     common.save_plot(Path("runs/loss_by_t/04_loss_by_t.png"), lines, yscale="log",
                      title="Rectified flow: the loss where lines cross, and after the reflow",
                      xlabel="t (0 is noise, 1 is data)", ylabel="squared error of the velocity")

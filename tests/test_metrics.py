@@ -1,7 +1,6 @@
 """What 05 measures: distances and shares by hand, verdicts, tables, and the sets it reads."""
 
 import argparse
-import json
 
 import pytest
 import torch
@@ -237,42 +236,18 @@ def test_a_missing_set_and_a_folder_without_pictures_are_refused(tmp_path):
 
 
 def write_set(folder, name: str, n: int, seconds: float, seed: int = 0, **made):
-    """An evaluation set of n digits, and timings.json beside it, as common.measure does.
+    """An evaluation set of n digits, as common.measure makes it.
 
     With seed 0 these are the first training digits of 05's --fast-dev, which has 512.
     """
     folder.mkdir(parents=True, exist_ok=True)
     images, labels = (part[:n] for part in common.synthetic_digits(512, seed))
-    origin = {"script": folder.name, "hardware": "a machine",
-              "args": {"dataset": "synthetic", "fast_dev": True}}
-    made = origin | {"name": name, "method": "diffusion", "sampler": "DDIM", "steps": 100} | made
+    made = {"script": folder.name, "hardware": "a machine", "name": name, "method": "diffusion",
+            "sampler": "DDIM", "steps": 100, "seconds": seconds, "images_per_second": 16 / seconds,
+            "args": {"dataset": "synthetic", "fast_dev": True}} | made
     torch.save(made | {"images": common.to_uint8(images), "labels": labels},
                folder / f"eval_{name}.pt")
-    path = folder / "timings.json"
-    before = json.loads(path.read_text())["samplers"] if path.exists() else []
-    row = {"name": name, "seconds": seconds, "images_per_second": 16 / seconds}
-    path.write_text(json.dumps(origin | {"samplers": [*before, row]}))
     return folder / f"eval_{name}.pt"
-
-
-def test_times_come_from_the_same_machine_and_sampler(tmp_path):
-    path = write_set(tmp_path / "01", "one", 5, 2.0)
-    write_set(tmp_path / "01", "two", 5, 3.0)
-    samples = compare.load_set(path, 100)
-    assert compare.timing(samples, path) == {"seconds": 2.0, "images_per_second": 8.0}
-    assert compare.timing(samples | {"name": "three"}, path) == {}
-    assert compare.timing(samples | {"hardware": "another machine"}, path) == {}
-    path.with_name("timings.json").unlink()
-    assert compare.timing(samples, path) == {}
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"hardware": "a machine"}',
-                                     '{"hardware": "a machine", "samplers": [3]}'])
-def test_damaged_timings_end_in_one_line(content, tmp_path):
-    path = write_set(tmp_path / "01", "one", 5, 2.0)
-    path.with_name("timings.json").write_text(content)
-    message = one_line(compare.timing, compare.load_set(path, 100), path)
-    assert str(path.with_name("timings.json")) in message
 
 
 def tables(text: str) -> list[list[dict]]:

@@ -127,12 +127,10 @@ def test_attention_is_a_softmax_over_pixels_or_over_the_context(crossed):
     assert torch.allclose(layer(x, context), expected, atol=1e-5)
 
 
-def test_a_network_as_a_function_has_gradients_in_training_alone(fast_dev):
+def test_a_network_for_sampling_has_no_gradients_and_leaves_its_inputs_alone(fast_dev):
     args, model, x = fast_dev(ddpm), nn.Linear(2, 3), torch.randn(4, 2)
-    expected = x @ model.weight.T + model.bias
-    trains, samples = (common.as_function(model, args, sampling)(x) for sampling in (False, True))
-    assert torch.allclose(trains, expected) and torch.allclose(samples, expected)
-    assert trains.requires_grad and not samples.requires_grad
+    y = common.as_function(model, args)(x)
+    assert torch.equal(y, model(x)) and not y.requires_grad
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -150,7 +148,7 @@ def test_the_shipped_weights_of_03_draw_the_digits_that_are_asked_for(tmp_path, 
     model = common.load_networks(args.state, cfg.make_models(args))["diffusion"]
     labels = torch.arange(20) % 10
     x_T = torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    guided = cfg.guided(common.as_function(model, args, sampling=True), labels, 3.0)
+    guided = cfg.guided(common.as_function(model, args), labels, 3.0)
     images = cfg.ddim_sample(guided, cfg.make_schedule(args.timesteps), x_T, 10)
     _, read = compare.features(judge, common.to_uint8(images))
     assert (read == labels).sum() >= 18  # all 20, where this was written
@@ -394,7 +392,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(steps, warm_up, fast_dev):
     assert up == sorted(up)
     for i, rate in enumerate(down, start=warm_up):  # a straight line to zero after the last step
         assert rate == pytest.approx(0.01 * (1 - i / steps), rel=0.02, abs=2e-6)
-    assert args.state["history"][-1]["lr"] == pytest.approx(0, abs=1e-12)
+    assert args.state["history"][-1]["lr"] == pytest.approx(0.01 / steps)
 
 
 @pytest.mark.parametrize(("decay", "steps", "horizon"), [
@@ -404,6 +402,7 @@ def test_the_average_of_the_weights_forgets_within_a_tenth_of_the_run(
 ):
     """The weight is 9 for a while, then 2: what is left of the 9 falls by 1/e in a horizon."""
     args, model = fast_dev(ddpm, "--ema-decay", decay), OneWeight()
+    nn.init.constant_(model.weight, 9)
     stage, average = one_weight_stage(args, steps, 1e-9, model=model), []
     for i, _ in enumerate(stage):
         with torch.no_grad():
@@ -420,20 +419,24 @@ def test_the_average_of_the_weights_forgets_within_a_tenth_of_the_run(
     assert not stage.ema.weight.requires_grad and not stage.ema.training
 
 
-def test_the_averaged_network_has_the_statistics_of_the_models_batch_norms(fast_dev):
-    args = fast_dev(ddpm, "--batch-size", "4")
+def test_the_averaged_network_has_averaged_statistics_of_batch_norms(fast_dev):
+    """Averages by hand, weights and statistics alike, and a count that is not averaged."""
+    args = fast_dev(ddpm, "--batch-size", "4", "--ema-decay", "0.75")
     model = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3))
     stage = common.Stage(args, "norm", model, 5, 1e-2, torch.arange(16.0)[:, None])
+    decay = 1 - 10 / 20  # 20 steps, a tenth of which is shorter than 0.75 asks for
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
     for (x,) in stage:
-        stage.step(stage.net(x).square().mean() + stage.net(x).sum())
-    norm, average = model[1], stage.ema[1]
-    assert norm.training and not average.training
-    assert norm.running_mean.abs().min() > 0.01
-    assert torch.equal(norm.running_mean, average.running_mean)
-    assert torch.equal(norm.running_var, average.running_var)
-    assert not torch.equal(model[0].weight, stage.ema[0].weight)  # while weights are averaged
+        stage.step(model(x).square().mean() + model(x).sum())
+        for key, value in model.state_dict().items():
+            expected[key] = decay * expected[key] + (1 - decay) * value
+    assert model[1].training and not stage.ema[1].training
     saved = torch.load(args.checkpoint, weights_only=True)["networks"]["norm"]
-    assert torch.equal(saved["1.running_mean"], norm.running_mean)
+    for key, value in stage.ema.state_dict().items():
+        assert torch.equal(saved[key], value)
+        if "num_batches" not in key:
+            torch.testing.assert_close(value, expected[key])
+    assert model[1].running_mean.abs().min() > 0.01
 
 
 def test_each_epoch_is_kept(fast_dev, tmp_path):
@@ -446,7 +449,7 @@ def test_each_epoch_is_kept(fast_dev, tmp_path):
     assert [json.loads(line) for line in lines] == saved["history"]
     assert [(x["stage"], x["epoch"]) for x in saved["history"]] == [("one", i) for i in (1, 2, 3)]
     for epoch in saved["history"]:
-        assert epoch["images_per_second"] == pytest.approx(10 / epoch["seconds"])
+        assert epoch["images_per_second"] == pytest.approx(9 / epoch["seconds"])
     assert 0.99 < saved["history"][0]["loss"] < 1  # the mean of (w - 1)² from w = 0 on
     assert saved["script"] == "01_ddpm_ddim" and saved["args"]["seed"] == 7
     assert "device" not in saved["args"] and saved["device"] == "cpu"
@@ -554,7 +557,7 @@ def test_a_reflow_starts_from_the_flow_and_learns_from_its_pairs(module, tmp_pat
     start, trained = (networks[name].state_dict() for name in ("flow", "reflow"))
     torch.testing.assert_close(start, trained, rtol=0, atol=1e-6)  # with hardly any learning rate
     pairs = torch.load(next((tmp_path / "pairs").glob("noise*")), weights_only=True)
-    net = common.as_function(networks["flow"], args, sampling=True)
+    net = common.as_function(networks["flow"], args)
     ends = module.heun_solve(net, pairs["x0"].float(), [0, 1 / 3, 2 / 3, 1])
     assert torch.allclose(ends, pairs["x1"].float(), atol=0.01)
     assert not torch.allclose(ends, pairs["x0"].float(), atol=0.1)  # it does move
@@ -711,24 +714,36 @@ class FakeClock:
         return torch.randn(2, generator=rng)
 
 
-@pytest.mark.parametrize(("cuda", "seconds", "runs", "expected"), [
-    (False, [0.5, 0.1, 0.2, 0.9, 0.3, 0.4], 6, 0.3),  # the median of all but the first
+@pytest.mark.parametrize(("gpu", "seconds", "runs", "expected"), [
+    (False, [0.5, 0.1, 0.9, 0.3], 4, 0.3),  # the median of all but the first
     (False, [5.5], 1, 5.5),  # there is nobody who would wait for more of these
     (False, [4, 2], 2, 2),
     (False, [2, 4], 2, 4),
-    (False, [0.01, 0.1, 0.2, 0.9, 0.3, 0.4], 6, 0.3),
-    (True, [60, 1], 2, 1),  # the first run compiles and warms up
+    (False, [0.01, 0.1, 0.9, 0.3], 4, 0.3),
+    (True, [60, 1], 2, 1),  # the first run warms up
     (True, [60, 7], 2, 7),
     (True, [1, 7], 2, 7),
-    (True, [0.5, 0.1, 0.2, 0.9, 0.3, 0.4], 6, 0.3),
+    (True, [0.5, 0.1, 0.9, 0.3], 4, 0.3),
 ])
-def test_a_slow_first_run_does_not_count(cuda, seconds, runs, expected, monkeypatch):
+def test_a_slow_first_run_does_not_count(gpu, seconds, runs, expected, monkeypatch):
     clock = FakeClock(monkeypatch, *seconds)
-    noise = SimpleNamespace(is_cuda=cuda, device="cpu")
+    noise = SimpleNamespace(is_cpu=not gpu, device="cpu")
     images, measured = common.time_sampler(clock.sample, noise, 5)
     assert clock.runs == runs and measured == pytest.approx(expected)
     first = torch.randn(2, generator=torch.Generator().manual_seed(5))
     assert torch.equal(images, first)  # the same images, however many runs there were
+
+
+def test_a_slow_first_step_does_not_count(fast_dev, monkeypatch):
+    """The first step of a run captures, chooses kernels and so on: here for 50 seconds."""
+    now, args, model = [0.0], fast_dev(ddpm), OneWeight()
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    stage = one_weight_stage(args, 10, 1e-3, epochs=2, model=model)
+    for i, _ in enumerate(stage):
+        now[0] += 2 if i else 50
+        stage.step(model.weight.sum())
+    for epoch in args.state["history"]:
+        assert epoch["seconds"] == 18 and epoch["images_per_second"] == 0.5
 
 
 @pytest.fixture
@@ -812,7 +827,7 @@ def test_evaluation_sets_follow_the_seed(measured):
     assert "labels" not in still  # none was asked for
     assert wild["labels"].tolist() == [*range(10)] * 12
     rng = torch.Generator().manual_seed(0)  # the seed of the run, for each sampler anew
-    by_hand = [torch.randn(n, 1, 28, 28, generator=rng).tanh() for n in (50, 50, 20)]
+    by_hand = [torch.randn(n, 1, 28, 28, generator=rng).tanh() for n in (64, 56)]
     assert torch.equal(wild["images"], common.to_uint8(torch.cat(by_hand)))
     drawn = {kind: [x for k, x, _ in one.seen if k == kind and len(x) not in (16, 64)]
              for kind in ("still", "wild")}
@@ -825,7 +840,7 @@ def test_labels_belong_to_the_images_that_03_drew(tmp_path, monkeypatch):
                                   "--guidance", "1", "--guidance-sweep", "0", "3"))
     networks = cfg.train(args)
     shade = lambda x, t, labels: x - labels.view(-1, 1, 1, 1) / 5 + 1
-    monkeypatch.setattr(common, "as_function", lambda model, args, sampling: shade)
+    monkeypatch.setattr(common, "as_function", lambda model, args: shade)
     monkeypatch.setattr(cfg, "ddim_sample", lambda model, schedule, x, steps, **more: (
         x - model(x, torch.zeros(len(x)))))
     monkeypatch.setattr(cfg, "draw_path", lambda *rest: None)
@@ -857,7 +872,7 @@ def test_a_film_shows_its_frames_and_waits_at_the_end(tmp_path):
     frames = [torch.full((4, 1, 28, 28), shade) for shade in (-1.0, 0.0, 1.0)]
     common.save_gif(frames, tmp_path / "film.gif", columns=2)
     with Image.open(tmp_path / "film.gif") as film:
-        assert film.n_frames == 3 and film.size == (186, 186)  # 3 (2 · 28 + 3 · 2)
+        assert film.n_frames == 3 and film.size == (174, 174)  # 2 · 3 · 28 + 3 · 2
         durations = []
         for i, shade in enumerate((0, 128, 255)):
             film.seek(i)

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# All that we want to know of a GPU, in stages of at most nine minutes.
+#
+#     bash bench/gpu.sh                 about half an hour on a large GPU
+#     MINUTES=9 bash bench/gpu.sh       the same in pieces: call it until it says that all is done
+#     bash bench/gpu.sh --dry-run DIR   in miniature, on a CPU
+#
+# What is done is not repeated, and a training that was cut off goes on after its last epoch. All
+# results are in runs/gpu (or DIR): results.md, with tables for RESULTS.md, and what it comes from.
+# Needs MNIST in data/, or a way to download it; pip install pytest for the tests on the device.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python} device=cuda samples=10000 short=(--epochs 3 --ddim-sweep 10) small=() out=runs/gpu
+if [ "${1-}" = --dry-run ]; then
+    device=cpu samples=20 short=(--ddim-sweep 1) small=(--fast-dev --epochs 1) out=${2:?a folder for the results}
+fi
+mkdir -p "$out"
+end=$((60 * ${MINUTES:-1000000}))
+unfinished=()
+
+stage() { # its name, then its command
+    local name=$1 begin=$SECONDS status=0 limit=$((end - SECONDS))
+    shift
+    [ -e "$out/$name.seconds" ] && return
+    if [ "$limit" -lt 10 ]; then
+        unfinished+=("$name")
+        return
+    fi
+    echo "$name: $*"
+    timeout $((limit < 540 ? limit : 540)) "$@" >"$out/$name.log" 2>&1 || status=$?
+    local seconds=$((SECONDS - begin + $(cat "$out/$name.before" 2>/dev/null || echo 0)))
+    if [ "$status" = 0 ]; then
+        echo "$seconds" >"$out/$name.seconds"
+        echo "    done in $seconds s"
+    else
+        echo "$seconds" >"$out/$name.before"
+        unfinished+=("$name")
+        [ "$status" = 124 ] && echo "    cut off after $seconds s" || tail -n 3 "$out/$name.log"
+    fi
+}
+
+run() { # a script, with further options: from its checkpoint, if there is one
+    local script=$1 resume=()
+    shift
+    [ -e "$out/$script/checkpoint.pt" ] && resume=(--resume)
+    stage "$script" "$python" "$script.py" --device "$device" --out-dir "$out/$script" \
+        --eval-samples "$samples" "${small[@]}" "${resume[@]}" "$@"
+}
+
+stage machine "$python" bench/gpu_table.py --describe "$device"
+if [ "$device" = cuda ]; then
+    stage tests "$python" -m pytest -q tests/test_device.py -k GPU
+fi
+scripts=(01_ddpm_ddim 02_latent_diffusion 03_cfg 04_rectified_flow 04b_latent_rflow)
+for script in "${scripts[@]}"; do
+    run "$script"
+done
+for off in none graph; do
+    options=()
+    [ "$off" = none ] || options=(--off "$off")
+    stage "off_$off" "$python" 01_ddpm_ddim.py --device "$device" --eval-samples 0 \
+        --out-dir "$out/off_$off" "${small[@]}" "${short[@]}" "${options[@]}"
+done
+stage speed_ups "$python" bench/speed_ups.py --device "$device" "${small[@]:0:1}"
+if "$python" -c "import diffusers, accelerate, denoising_diffusion_pytorch" 2>"$out/libraries.txt"; then
+    stage libraries "$python" bench/libraries.py --device "$device"
+else
+    echo "libraries: skipped, they are not installed (see bench/libraries.py)"
+fi
+if [ ${#unfinished[@]} = 0 ]; then
+    stage weights "$python" bench/export_weights.py "$out"/0*/checkpoint.pt --to "$out/weights"
+    stage 05_compare "$python" 05_compare.py --device "$device" --runs "$out" \
+        --out-dir "$out/05_compare" --eval-samples "$samples" "${small[@]}"
+fi
+"$python" bench/gpu_table.py "$out" >"$out/results.md" || exit 1
+if [ ${#unfinished[@]} = 0 ]; then
+    echo "all is done: $out/results.md"
+else
+    echo "not done: ${unfinished[*]}; call this again to go on"
+    exit 1
+fi
