@@ -124,7 +124,7 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add("--out-dir", type=Path, default=Path("runs", script), help="folder of the results")
     add("--resume", action="store_true", help="continue from the checkpoint in --out-dir")
     add("--sample-only", action="store_true", help="use that checkpoint, or weights/")
-    add("--eval-samples", type=number(int, 0), help="size of the sets for 05 (CUDA: 10000)")
+    add("--eval-samples", type=number(int, 0), help="size of sets for 05 (training on CUDA: 10000)")
     add("--off", nargs="+", choices=["graph"], default=[], help="speed-ups not to use")
     add("--fast-dev", action="store_true", help="a complete run in miniature, in seconds")
     return parser
@@ -169,7 +169,7 @@ def as_function(model: nn.Module, args: argparse.Namespace):
     and started by one call (not with --off graph), for Python takes longer to start the small
     layers than a GPU to run them. We estimate for an H100 (no GPU has run it yet) 0.4 ms instead
     of 2.3 for 16 images. Training is eager: with 128 images both sides take 2.5 ms. Autocast
-    would make 313 kernels of 187, and torch.compile take 40 s to save 20 s in 40 epochs.
+    would make 312 kernels of 186, and torch.compile take 40 s to save 20 s in 40 epochs.
     """
     graphs = {}
     @torch.no_grad()
@@ -178,7 +178,7 @@ def as_function(model: nn.Module, args: argparse.Namespace):
         if args.speed and shape not in graphs:
             graphs[shape] = torch.cuda.make_graphed_callables(
                 model.forward, tuple(x.clone() for x in inputs))
-        return graphs.get(shape, model)(*inputs).clone()  # its next call overwrites it
+        return graphs.get(shape, model)(*inputs).clone()  # the next replay overwrites it
     return network
 
 

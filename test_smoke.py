@@ -1,6 +1,6 @@
 """Every script as a user runs it: a process in a folder of its own, without a network.
 
-    pytest                  these, and all in tests/: four minutes on two cores
+    pytest                  these, and all in tests/: six minutes on two cores
     pytest test_smoke.py    these alone: two minutes
 """
 

@@ -144,6 +144,14 @@ def test_the_measurements_in_bench(cuda, bench, tmp_path, monkeypatch, capsys):
     assert libraries.floor("cuda", 64)[0] > 0
 
 
+def test_the_kernels_can_be_counted_without_a_gpu(bench, capsys):
+    bench("count_kernels").main()
+    _, _, *rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    kernels = [int(row[2]) for row in rows]
+    assert len(set(kernels[::2])) == 1  # as many for any number of images
+    assert kernels[1] > 1.5 * kernels[0]  # and more of them with autocast
+
+
 def test_a_checkpoint_of_cuda_is_exported_for_any_device(cuda, bench, tmp_path, monkeypatch):
     ddpm.main(tiny(ddpm, tmp_path, "--eval-samples", "0"))
     monkeypatch.setattr(sys, "argv", ["export_weights.py", str(tmp_path / "checkpoint.pt"),
