@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Times (B,) from 0 to 1000 -> sinusoids (B, dim), Vaswani et al. 2017, section 3.5."""
-    angles = t.float()[:, None] * torch.logspace(0, -4, dim // 2, device=t.device)
+    angles = t.float()[:, None] * 10 ** torch.linspace(0, -4, dim // 2, device=t.device)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -72,7 +72,7 @@ def load_digits(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, T
         images, labels = synthetic_digits(args.train_images, seed=0 if train else 1)
         return images.to(args.device), labels.to(args.device)
     with one_line_error(f"no MNIST in {args.data_dir}; try --dataset synthetic"):
-        data, n = datasets.MNIST(args.data_dir, train=train, download=True), args.train_images
+        data, n = datasets.MNIST(args.data_dir, train, download=True), args.train_images
     return data.data[:n, None].to(args.device) / 127.5 - 1, data.targets[:n].to(args.device)
 
 
@@ -92,7 +92,7 @@ def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.stack(images) / 127.5 - 1, labels
 
 
-THIS_CALL = {"script", "device", "off", "resume", "sample_only", "eval_samples", "speed", "files"}
+NOT_KEPT = {"script", "device", "off", "resume", "sample_only", "eval_samples", "speed", "files"}
 
 
 def number(kind: type, low: float, high: float = 1e9):
@@ -131,7 +131,7 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dict):
-    """What is typed wins over the checkpoint's options, they over `fast_dev`, it over defaults."""
+    """Typed options win; then come the checkpoint's, then `fast_dev`, then the defaults."""
     args = parser.parse_args(argv)
     if args.fast_dev:
         parser.set_defaults(**fast_dev, dataset="synthetic", out_dir=f"runs/fast_dev/{args.script}")
@@ -149,7 +149,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dic
         parser.error(f"--batch-size {args.batch_size}: only {args.train_images} images")
     args.speed = ["graph"] if args.device == "cuda" and not args.off else []
     print(f"{args.script} on {args.device}, weights: {state.get('path', 'new')}, CUDA graphs:",
-          "on" if args.speed else "off (they need CUDA, and no --off)")
+          "on" if args.speed else "off (they need CUDA, without --off graph)")
     with one_line_error(f"--out-dir {args.out_dir} cannot be made"):
         args.out_dir.mkdir(parents=True, exist_ok=True)
     return args
@@ -165,11 +165,11 @@ def one_line_error(what: str):
 
 
 def as_function(model: nn.Module, args: argparse.Namespace):
-    """The network for sampling. On CUDA its work for inputs of one shape is recorded as a graph
-    and started by one call (not with --off graph), for Python takes longer to start the small
-    layers than a GPU to run them. We estimate for an H100 (no GPU has run it yet) 0.4 ms instead
-    of 2.3 for 16 images. Training is eager: with 128 images both sides take 2.5 ms. Autocast
-    would make 312 kernels of 186, and torch.compile take 40 s to save 20 s in 40 epochs.
+    """The network for sampling. On CUDA its work for one shape of inputs becomes a CUDA graph,
+    started by one call (off by --off graph), because Python takes longer to start our small
+    layers than a GPU to run them: 2.3 ms against 0.4 for 16 images on an H100, we estimate, for
+    no GPU has run it yet. Training is eager: a step with 128 takes Python and GPU 2.5 ms each.
+    Autocast needs 312 kernels, not 186; torch.compile takes 40 s to save 20 in 40 epochs.
     """
     graphs = {}
     @torch.no_grad()
@@ -177,7 +177,7 @@ def as_function(model: nn.Module, args: argparse.Namespace):
         shape = inputs[0].shape
         if args.speed and shape not in graphs:
             graphs[shape] = torch.cuda.make_graphed_callables(
-                model.forward, tuple(x.clone() for x in inputs))
+                model.forward, tuple(x.clone() for x in inputs))  # model itself stays as it is
         return graphs.get(shape, model)(*inputs).clone()  # the next replay overwrites it
     return network
 
@@ -185,8 +185,8 @@ def as_function(model: nn.Module, args: argparse.Namespace):
 class Stage:
     """Trains a network: `for x, y in stage: stage.step(loss)`; then stage.ema is the result."""
     def __init__(self, args, name: str, model: nn.Module, epochs: int, lr: float, *data: Tensor):
-        self.args, self.name, self.model, self.epochs, self.lr = args, name, model, epochs, lr
-        self.done, self.data, self.steps = 0, data, len(data[0]) // args.batch_size
+        self.args, self.name, self.model, self.epochs = args, name, model, epochs
+        self.lr, self.done, self.data, self.steps = lr, 0, data, len(data[0]) // args.batch_size
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr, fused=True)
         if name in args.state["networks"]:
@@ -200,11 +200,11 @@ class Stage:
         args, total = self.args, self.epochs * self.steps
         warm_up, self.decay = min(200, total / 10), min(args.ema_decay, 1 - 10 / max(total, 10))
         self.slow, self.fast = ([x for x in net.state_dict().values() if x.is_floating_point()]
-                                for net in (self.ema, self.model))  # with BatchNorm's averages
+                                for net in (self.ema, self.model))  # weights, BatchNorm's means
         bar = tqdm(range(total), self.name, initial=self.done * self.steps, mininterval=1)
         while self.done < self.epochs:
             self.losses = []  # each epoch has its own seed, for --resume
-            self.rng = torch.Generator(args.device).manual_seed(1000 * args.seed + self.done)
+            self.rng = torch.Generator(args.device).manual_seed(self.done + 1000 * args.seed)
             order = torch.randperm(len(self.data[0]), generator=self.rng, device=args.device)
             for index in order.split(args.batch_size)[: self.steps]:  # of equal size
                 i = self.done * self.steps + len(self.losses)
@@ -251,7 +251,7 @@ def origin(args: argparse.Namespace) -> dict:
     text = "".join(file.read_text() for file in Path("/proc").glob("cpuinfo"))  # on Linux
     cpu = f"{os.cpu_count()} cores, " + (re.findall("model name.*: (.+)", text) or ["unknown"])[0]
     kept = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, list))}
-    return {"script": args.script, "args": {k: kept[k] for k in kept if k not in THIS_CALL},
+    return {"script": args.script, "args": {k: kept[k] for k in kept if k not in NOT_KEPT},
             "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
             "torch": str(torch.__version__), "device": args.device, "speed_ups": args.speed}
 
@@ -274,7 +274,7 @@ def load_networks(state: dict, models: dict[str, nn.Module]) -> dict[str, nn.Mod
 
 def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
     """What sample(noise, rng) returns, and its seconds: the median of up to three runs."""
-    seconds = []  # the first warms up; on a CPU, from five seconds on, there is no other
+    seconds = []  # the first warms up and counts only if a CPU is so slow that it is alone
     while len(seconds) < 2 - noise.is_cpu or len(seconds) < 4 and sum(seconds) < 5:
         start = time.perf_counter()
         images = sample(noise, torch.Generator(noise.device).manual_seed(seed))
@@ -312,9 +312,9 @@ def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
     noise = torch.randn(wanted, *noise.shape[1:], generator=rng).to(args.device)
     for made, sample in samplers if wanted else ():
         rng = torch.Generator(args.device).manual_seed(args.seed)
-        parts = tqdm(noise.split(len(large)), f"{wanted}, {made['name']}")
+        parts = tqdm(noise.split(1000 if noise.is_cuda else 50), f"{wanted}, {made['name']}")
         made["images"] = torch.cat([to_uint8(sample(part, rng)) for part in parts])
-        if "classes" in made:  # they were asked for in turn
+        if "classes" in made:  # they were asked for in turn, and fill each part
             made["labels"] = torch.arange(wanted) % made["classes"]
         save(args.out_dir / f"eval_{made['file']}.pt", origin(args) | made)
 

@@ -3,18 +3,23 @@
 #
 #     bash bench/gpu.sh                 about half an hour on a large GPU
 #     MINUTES=9 bash bench/gpu.sh       the same in pieces: call it until it says that all is done
+#     SAMPLES=1000 bash bench/gpu.sh    smaller sets for 05, for a small GPU (default 10000)
 #     bash bench/gpu.sh --dry-run DIR   in miniature, on a CPU
 #
 # What is done is not repeated, and a training that was cut off goes on after its last epoch. All
 # results are in runs/gpu (or DIR): results.md, with tables for RESULTS.md, and what it comes from.
 # Needs MNIST in data/, or a way to download it; pip install pytest for the tests on the device.
+# PYTHON=... names another interpreter; it and DIR are relative to the repository.
 set -u
 cd "$(dirname "$0")/.." || exit 1
-python=${PYTHON:-python} device=cuda samples=10000 short=(--epochs 3 --ddim-sweep 10) small=() out=runs/gpu
+python=${PYTHON:-python} device=cuda samples=${SAMPLES:-10000} short=(--epochs 3 --ddim-sweep 10) small=() out=runs/gpu
 if [ "${1-}" = --dry-run ]; then
     device=cpu samples=20 short=(--ddim-sweep 1) small=(--fast-dev --epochs 1) out=${2:?a folder for the results}
 fi
 mkdir -p "$out"
+exec 9>"$out/lock"
+flock -n 9 || { echo "this is already running, in $out"; exit 1; }
+trap 'exit 130' INT TERM
 end=$((60 * ${MINUTES:-1000000}))
 unfinished=()
 
@@ -27,15 +32,19 @@ stage() { # its name, then its command
         return
     fi
     echo "$name: $*"
-    timeout $((limit < 540 ? limit : 540)) "$@" >"$out/$name.log" 2>&1 || status=$?
-    local seconds=$((SECONDS - begin + $(cat "$out/$name.before" 2>/dev/null || echo 0)))
+    timeout --foreground $((limit < 540 ? limit : 540)) "$@" \
+        >"$out/$name.log" 2>"$out/$name.errors" || status=$?
+    local before
+    before=$(cat "$out/$name.before" 2>/dev/null)
+    local seconds=$((SECONDS - begin + ${before:-0}))
     if [ "$status" = 0 ]; then
         echo "$seconds" >"$out/$name.seconds"
         echo "    done in $seconds s"
     else
         echo "$seconds" >"$out/$name.before"
         unfinished+=("$name")
-        [ "$status" = 124 ] && echo "    cut off after $seconds s" || tail -n 3 "$out/$name.log"
+        [ "$status" = 124 ] && echo "    cut off after $seconds s" ||
+            tail -qn 3 "$out/$name.log" "$out/$name.errors"
     fi
 }
 
@@ -48,13 +57,21 @@ run() { # a script, with further options: from its checkpoint, if there is one
 }
 
 stage machine "$python" bench/gpu_table.py --describe "$device"
+[ -e "$out/machine.seconds" ] || [ "$end" = 0 ] || exit 1 # no such device, or no such interpreter
 if [ "$device" = cuda ]; then
     stage tests "$python" -m pytest -q tests/test_device.py -k GPU
 fi
 scripts=(01_ddpm_ddim 02_latent_diffusion 03_cfg 04_rectified_flow 04b_latent_rflow)
 for script in "${scripts[@]}"; do
-    run "$script"
+    more=()
+    [ "$script" = 04b_latent_rflow ] && more=(--vae "$out/02_latent_diffusion/checkpoint.pt")
+    run "$script" "${more[@]}"
 done
+if [ ${#unfinished[@]} = 0 ] || [ "${unfinished[*]}" = tests ]; then
+    stage weights "$python" bench/export_weights.py "$out"/0*/checkpoint.pt --to "$out/weights"
+    stage 05_compare "$python" 05_compare.py --device "$device" --runs "$out" \
+        --out-dir "$out/05_compare" --eval-samples "$samples" "${small[@]}"
+fi
 for off in none graph; do
     options=()
     [ "$off" = none ] || options=(--off "$off")
@@ -66,11 +83,6 @@ if "$python" -c "import diffusers, accelerate, denoising_diffusion_pytorch" 2>"$
     stage libraries "$python" bench/libraries.py --device "$device"
 else
     echo "libraries: skipped, they are not installed (see bench/libraries.py)"
-fi
-if [ ${#unfinished[@]} = 0 ]; then
-    stage weights "$python" bench/export_weights.py "$out"/0*/checkpoint.pt --to "$out/weights"
-    stage 05_compare "$python" 05_compare.py --device "$device" --runs "$out" \
-        --out-dir "$out/05_compare" --eval-samples "$samples" "${small[@]}"
 fi
 "$python" bench/gpu_table.py "$out" >"$out/results.md" || exit 1
 if [ ${#unfinished[@]} = 0 ]; then

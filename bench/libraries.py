@@ -45,7 +45,7 @@ def clock(device: str) -> float:
 
 
 def train_ours(device: str, steps: int, folder: Path) -> tuple[int, float]:
-    """Weights and images/s. Two epochs; the first warms up, and compiles on CUDA."""
+    """Weights and images/s. Two epochs; the first warms up."""
     args = ddpm.parse_args([
         "--dataset", "synthetic", "--train-images", str(steps * BATCH), "--batch-size", str(BATCH),
         "--epochs", "2", "--device", device, "--out-dir", str(folder)])

@@ -42,6 +42,7 @@ def main() -> None:
     schedule = ddpm.make_schedule(1000, device)
 
     def network(batch: int, way: str):
+        torch.compiler.reset()  # so that each way compiles anew
         layout = torch.contiguous_format if "channels first" in way else torch.channels_last
         model = ddpm.UNet(width, 1000).to(device, memory_format=layout)
         inputs = (torch.randn(batch, 1, 28, 28, device=device),

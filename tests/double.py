@@ -14,12 +14,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
 ATEN = torch.ops.aten
+COPIES = {ATEN.copy_.default, ATEN.fill_.Tensor, ATEN.masked_fill.Tensor, ATEN.masked_fill_.Tensor}
+WAITS = {ATEN._local_scalar_dense.default, ATEN.nonzero.default}  # for the GPU: not in a graph
 INDEXING = {ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default,
             ATEN._index_put_impl_.default}  # a CUDA tensor takes indices on the CPU, too
 
 
 class DeviceError(RuntimeError):
     """CUDA would have refused."""
+
+
+recording = []  # not empty while a CUDA graph is recorded
 
 
 def is_cuda(device) -> bool:
@@ -73,7 +78,12 @@ class Claimed(torch.Tensor):
 
 def check_devices(func, args, kwargs) -> None:
     on_cpu = [x for x in tree_leaves((args, kwargs))
-              if isinstance(x, torch.Tensor) and not isinstance(x, Claimed) and x.dim() > 0]
+              if isinstance(x, torch.Tensor) and not isinstance(x, Claimed)]
+    masked = func in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
+    if recording and (func in WAITS or masked or on_cpu):
+        raise DeviceError(f"{func} while a CUDA graph is recorded: it needs the CPU")
+    if torch.Tag.pointwise in func.tags or func in COPIES:  # they take a number from the CPU
+        on_cpu = [x for x in on_cpu if x.dim() > 0]
     if not on_cpu or func is ATEN.copy_.default:
         return
     if func in INDEXING and isinstance(args[0], Claimed):
@@ -110,6 +120,8 @@ class FindCuda(TorchFunctionMode):
         if func is torch.Tensor.cpu:
             return me.inner.clone() if mine else me
         if func is torch.Tensor.to:
+            if recording and not mine:
+                raise DeviceError("a copy from the CPU while a CUDA graph is recorded")
             device, dtype, _, memory_format = torch._C._nn._parse_to(*args[1:], **kwargs)
             if device is not None:
                 kwargs = {"dtype": dtype or me.dtype}
@@ -130,7 +142,11 @@ class FindCuda(TorchFunctionMode):
 def graphed(function, sample_args):
     """As torch.cuda.make_graphed_callables: for inputs of one shape, which are copied to the same
     place, and with an output that the next call overwrites."""
-    static = function(*sample_args)
+    recording.append(function)
+    try:
+        static = function(*sample_args)
+    finally:
+        recording.pop()
 
     def replay(*inputs):
         for x, sample in zip(inputs, sample_args, strict=True):

@@ -187,6 +187,19 @@ def test_one_graph_a_shape_and_no_answer_is_overwritten(
     assert not once.requires_grad
 
 
+@pytest.mark.parametrize("forward", [
+    lambda x: x * x.max().item(), lambda x: x[x > 0], lambda x: x + torch.ones(1).to(x.device),
+    lambda x: x if x.sum() > 0 else -x])
+def test_what_cannot_be_recorded_is_refused(forward, tmp_path):
+    with on_cuda():
+        args, model = ddpm.parse_args(tiny(ddpm, tmp_path)), torch.nn.Identity()
+        model.forward = forward
+        with pytest.raises(DeviceError):
+            common.as_function(model, args)(torch.ones(2, device="cuda"))
+        args.speed = []
+        common.as_function(model, args)(torch.ones(2, device="cuda"))
+
+
 def test_a_script_says_which_speed_ups_are_on(cuda, tmp_path, capsys):
     for more, expected in [([], "cuda, weights: new, CUDA graphs: on"),
                            (["--off", "graph"], "cuda, weights: new, CUDA graphs: off"),
@@ -211,6 +224,7 @@ def test_the_double_refuses_what_cuda_refuses():
                         lambda: torch.where(y > 2, x, x), lambda: x.gather(0, index),
                         lambda: x.masked_fill(y > 2, 0.0), lambda: x.numpy(),
                         lambda: torch.cat([x, y]), lambda: x[index.float()],
+                        lambda: torch.stack([x.sum(), y.sum()]),
                         lambda: torch.randn(2, generator=Generator(), device="cuda"),
                         lambda: torch.rand(2, generator=Generator("cuda")),
                         lambda: x.index_put_((index,), y[:2])):
