@@ -14,7 +14,8 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python} device=cuda samples=${SAMPLES:-10000} short=(--epochs 3 --ddim-sweep 10) small=() out=runs/gpu
 if [ "${1-}" = --dry-run ]; then
-    device=cpu samples=20 short=(--ddim-sweep 1) small=(--fast-dev --epochs 1) out=${2:?a folder for the results}
+    device=cpu samples=20 short=(--timesteps 4 --ddim-steps 2 --ddim-sweep 1)
+    small=(--fast-dev --epochs 1) out=${2:?a folder for the results}
 fi
 mkdir -p "$out"
 exec 9>"$out/lock"
@@ -52,6 +53,13 @@ run() { # a script, with further options: from its checkpoint, if there is one
     local script=$1 resume=()
     shift
     [ -e "$out/$script/checkpoint.pt" ] && resume=(--resume)
+    if [ "$device" = cpu ]; then # smaller still
+        case $script in
+            01*) set -- "${short[@]}" "$@" ;;
+            0[23]*) set -- --timesteps 4 --ddim-steps 2 "$@" ;;
+            04*) set -- --steps 1 "$@" ;;
+        esac
+    fi
     stage "$script" "$python" "$script.py" --device "$device" --out-dir "$out/$script" \
         --eval-samples "$samples" "${small[@]}" "${resume[@]}" "$@"
 }

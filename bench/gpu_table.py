@@ -10,8 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 TARGETS = {  # what 01 should reach on an H100 or H200: figure, unit, target, the report's
     "40 epochs of training": ("s", 60, "not given"),
     "DDIM, 100 steps, 16 images": ("ms", 30, "569"),
@@ -20,6 +18,8 @@ TARGETS = {  # what 01 should reach on an H100 or H200: figure, unit, target, th
 
 
 def describe(device: str) -> None:
+    import torch  # here alone, for it takes seconds
+
     print(f"{os.cpu_count()} CPU cores, Python {sys.version.split()[0]}, torch {torch.__version__}")
     if device == "cuda":
         print(torch.cuda.get_device_name(), "of compute capability",

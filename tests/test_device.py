@@ -75,7 +75,7 @@ def test_each_script_trains_resumes_and_samples(module, cuda, tmp_path, capsys):
     assert len(state["history"]) > len(state["networks"]) - ("vae" in state["networks"])
 
 
-@pytest.mark.parametrize("module", DRAWING)
+@pytest.mark.parametrize("module", [ddpm, latent, cfg, latent_flow])
 def test_cuda_and_cpu_draw_the_same_digits(module, cuda, tmp_path):
     """From the shipped weights: noise and labels are those of the CPU, rounding apart."""
     drawn = {}
