@@ -21,7 +21,7 @@ equal size N stand in one table, with the score of N training digits: the floor.
 recall compare N samples with N test digits. The sets are the files runs/*/eval_*.pt, which the
 other scripts write with --eval-samples, with the times that they measured before.
 
-    python 05_compare.py                       score what is in runs/: tables, plots, verdicts
+    python 05_compare.py                       score what is in runs/: table, plots, verdicts
     python 05_compare.py --eval-samples 1000   the first 1,000 images of each set
     python 05_compare.py FILE.pt FOLDER        score these: a .pt, or a folder of 28x28 PNGs
     python 05_compare.py --train-judge         train the classifier again
@@ -167,7 +167,7 @@ def train(args) -> dict[str, nn.Module]:
 
 def load_set(path: Path, most: int) -> dict:
     """The first `most` samples of an evaluation set, or of a folder of 28x28 PNGs."""
-    form = "a .pt of a dict with `images`, uint8 (N, 1, 28, 28), N >= 5, or a folder of PNGs"
+    form = "a .pt of a dict with images, uint8 (N, 1, 28, 28), N >= 5, or a folder of PNGs"
     with common.one_line_error(f"{path} is no evaluation set ({form})"):
         if path.is_dir():
             files = [Image.open(file).convert("L") for file in sorted(path.glob("*.png"))]
@@ -291,7 +291,7 @@ def draw(args, n: int, rows: list[dict], floor: dict) -> None:
     shares = [row | {"share": row[y], "line": f"{y}, {row['sampler']}"}
               for y in ("accuracy", "precision", "recall") for row in rows if y in row]
     if lines := curves(shares, "guidance", "share"):
-        common.save_plot(args.out_dir / f"guidance_{n}.png", lines, xlabel="guidance scale s",
+        common.save_plot(args.out_dir / f"guidance_{n}.png", lines, xlabel="guidance scale",
                          title=f"Guidance trades variety for clarity, N = {n:,}", ylabel="share")
 
 
