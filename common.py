@@ -169,7 +169,7 @@ def as_function(model: nn.Module, args: argparse.Namespace):
     started by one call (off by --off graph), because Python takes longer to start our small
     layers than a GPU to run them: 2.3 ms against 0.4 for 16 images on an H100, we estimate, for
     no GPU has run it yet. Training is eager: a step with 128 takes Python and GPU 2.5 ms each.
-    Autocast needs 312 kernels, not 186; torch.compile takes 40 s to save 20 in 40 epochs.
+    Autocast needs 312 kernels, not 186; torch.compile may save 20 s in 40 epochs, for 40 s.
     """
     graphs = {}
     @torch.no_grad()
