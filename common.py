@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 
 def load_digits(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
-    """All images (N, 1, 28, 28) in [-1, 1] and labels (N,), on args.device (188 MB)."""
+    """The first --train-images images (N, 1, 28, 28) in [-1, 1] and labels (N,), on args.device."""
     if args.dataset == "synthetic":
         images, labels = synthetic_digits(args.train_images, seed=0 if train else 1)
         return images.to(args.device), labels.to(args.device)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that we want to know of a GPU, in stages of at most nine minutes.
 #
-#     bash bench/gpu.sh                 about half an hour on a large GPU
+#     bash bench/gpu.sh                 we expect half an hour on a large GPU
 #     MINUTES=9 bash bench/gpu.sh       the same in pieces: call it until it says that all is done
 #     SAMPLES=1000 bash bench/gpu.sh    smaller sets for 05, for a small GPU (default 10000)
 #     bash bench/gpu.sh --dry-run DIR   in miniature, on a CPU
@@ -12,7 +12,8 @@
 # PYTHON=... names another interpreter; it and DIR are relative to the repository.
 set -u
 cd "$(dirname "$0")/.." || exit 1
-python=${PYTHON:-python} device=cuda samples=${SAMPLES:-10000} short=(--epochs 3 --ddim-sweep 10) small=() out=runs/gpu
+python=${PYTHON:-python} device=cuda samples=${SAMPLES:-10000} out=runs/gpu
+small=() short=(--epochs 3 --ddim-sweep 10)
 if [ "${1-}" = --dry-run ]; then
     device=cpu samples=20 short=(--timesteps 4 --ddim-steps 2 --ddim-sweep 1)
     small=(--fast-dev --epochs 1) out=${2:?a folder for the results}
