@@ -52,8 +52,8 @@ def parse_args(argv: list[str] | None = None):
     add("--timesteps", type=number(int, 2), default=1000, help="T, steps from image to noise")
     add("--ddim-steps", type=count, default=100, help="network calls of DDIM")
     add("--ddim-sweep", type=count, nargs="+", default=[10, 20, 50, 250], help="others to compare")
-    tiny = {"epochs": 8, "batch_size": 16, "train_images": 256, "width": 8, "timesteps": 20,
-            "ddim_steps": 10, "ddim_sweep": [2, 5], "eval_samples": 20}
+    tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
+            "width": 8, "timesteps": 20, "ddim_steps": 10, "ddim_sweep": [2, 5], "eval_samples": 20}
     args = common.parse(parser, argv, tiny)
     if max(args.ddim_steps, *args.ddim_sweep) > args.timesteps:
         parser.error(f"DDIM takes at most --timesteps {args.timesteps} steps")
@@ -85,7 +85,8 @@ class UNet(nn.Module):
         self.up0_to_1 = nn.Conv2d(c2, c1, 3, padding=1)
         self.up1 = ResBlock(2 * c1, c1, c_time)
         self.norm_out = nn.GroupNorm(8, c1)
-        self.conv_out = common.zero_init(nn.Conv2d(c1, 1, 3, padding=1))
+        self.conv_out = nn.Conv2d(c1, 1, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))

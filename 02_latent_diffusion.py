@@ -51,8 +51,8 @@ def parse_args(argv: list[str] | None = None):
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
     add("--timesteps", type=number(int, 2), default=1000, help="T, steps from image to noise")
     add("--ddim-steps", type=count, default=100, help="network calls of DDIM")
-    tiny = {"epochs": 8, "batch_size": 16, "train_images": 256, "width": 8, "timesteps": 20,
-            "ddim_steps": 10, "vae_epochs": 4, "eval_samples": 20}
+    tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
+            "width": 8, "timesteps": 20, "ddim_steps": 10, "vae_epochs": 4, "eval_samples": 20}
     args = common.parse(parser, argv, tiny)
     if args.ddim_steps > args.timesteps:
         parser.error(f"DDIM takes at most --timesteps {args.timesteps} steps")
@@ -139,7 +139,8 @@ class UNet(nn.Module):
         self.up0_to_1 = nn.Conv2d(c2, c1, 3, padding=1)
         self.up1 = ResBlock(2 * c1, c1, c_time)
         self.norm_out = nn.GroupNorm(8, c1)
-        self.conv_out = common.zero_init(nn.Conv2d(c1, 1, 3, padding=1))
+        self.conv_out = nn.Conv2d(c1, 1, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))

@@ -59,8 +59,9 @@ def parse_args(argv: list[str] | None = None):
     add("--guidance", type=scale, default=3.0, help="scale s in the main figures")
     add("--guidance-sweep", type=scale, nargs="+", default=[0, 1, 1.5, 2, 3, 5, 8], help="others")
     add("--digits", type=digits, help="draw these and stop; no training")
-    tiny = {"epochs": 8, "batch_size": 16, "train_images": 256, "width": 8, "timesteps": 20,
-            "ddim_steps": 10, "guidance_sweep": [0, 1, 3], "eval_samples": 20}
+    tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
+            "width": 8, "timesteps": 20, "ddim_steps": 10, "guidance_sweep": [0, 1, 3],
+            "eval_samples": 20}
     if parser.parse_args(argv).digits:
         parser.set_defaults(sample_only=True)
     args = common.parse(parser, argv, tiny)
@@ -108,7 +109,8 @@ class UNet(nn.Module):
         self.up0_to_1 = nn.Conv2d(c2, c1, 3, padding=1)
         self.up1 = ResBlock(2 * c1, c1, c_time)
         self.norm_out = nn.GroupNorm(8, c1)
-        self.conv_out = common.zero_init(nn.Conv2d(c1, 1, 3, padding=1))
+        self.conv_out = nn.Conv2d(c1, 1, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))

@@ -49,9 +49,9 @@ def parse_args(argv: list[str] | None = None):
     add("--pair-steps", type=count, default=20, help="Heun steps to make a pair")
     add("--reflow-epochs", type=count, default=10, help="passes over all the pairs")
     add("--reflow-lr", type=number(float, 1e-9), default=1e-3, help="peak learning rate there")
-    tiny = {"epochs": 8, "batch_size": 16, "train_images": 256, "width": 8, "steps": [1, 2, 5],
-            "pairs": 256, "real_pairs": 128, "pair_steps": 3, "reflow_epochs": 4,
-            "eval_samples": 20}
+    tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
+            "width": 8, "steps": [1, 2, 5], "pairs": 256, "real_pairs": 128, "pair_steps": 3,
+            "reflow_epochs": 4, "eval_samples": 20}
     args = common.parse(parser, argv, tiny)
     if args.batch_size > args.pairs + args.real_pairs:
         parser.error(f"--batch-size {args.batch_size}: more than there will be pairs")
@@ -157,7 +157,8 @@ class UNet(nn.Module):
         self.up0_to_1 = nn.Conv2d(c2, c1, 3, padding=1)
         self.up1 = ResBlock(2 * c1, c1, c_time)
         self.norm_out = nn.GroupNorm(8, c1)
-        self.conv_out = common.zero_init(nn.Conv2d(c1, 1, 3, padding=1))
+        self.conv_out = nn.Conv2d(c1, 1, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))

@@ -55,7 +55,8 @@ def parse_args(argv: list[str] | None = None):
     add("--train-judge", action="store_true", help="train the classifier")
     add("--runs", type=Path, default=Path("runs"), help="folder of the other scripts' results")
     parser.set_defaults(eval_samples=10_000)
-    tiny = {"epochs": 2, "batch_size": 32, "train_images": 512, "runs": Path("runs/fast_dev")}
+    tiny = {"dataset": "synthetic", "train_images": 512, "epochs": 2, "batch_size": 32,
+            "runs": Path("runs/fast_dev")}
     look = parser.parse_args(argv)
     parser.set_defaults(sample_only=not (look.train_judge or look.resume or look.fast_dev))
     args = common.parse(parser, argv, tiny)

@@ -3,8 +3,6 @@
 import argparse
 import copy
 import json
-import math
-import os
 import re
 import sys
 import time
@@ -26,12 +24,6 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def zero_init(layer: nn.Module) -> nn.Module:
-    for parameter in layer.parameters():  # so that a fresh block passes on its input
-        nn.init.zeros_(parameter)
-    return layer
-
-
 class ResBlock(nn.Module):
     """Two convolutions; time scales and shifts the second norm (Dhariwal & Nichol 2021)."""
     def __init__(self, c_in: int, c_out: int, c_time: int):
@@ -40,7 +32,8 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(c_time, 2 * c_out)
         self.norm2 = nn.GroupNorm(8, c_out)
-        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # so a fresh block passes on its input
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -56,7 +49,8 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(8, channels)
         self.q = nn.Linear(channels, channels)
         self.kv = nn.Linear(c_context or channels, 2 * channels)
-        self.out = zero_init(nn.Linear(channels, channels))
+        self.out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         pixels = self.norm(x).flatten(2).mT  # (B, H*W, C)
@@ -81,27 +75,21 @@ def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
     fonts = [ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{name}.ttf", 80)
              for name in ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmr10", "cmss10")]
     affine = v2.RandomAffine(degrees=15, translate=(0.05, 0.05), scale=(0.8, 1.1), shear=11)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        images, labels = [], torch.randint(10, (n,))
-        for i, label in enumerate(labels):
-            image = Image.new("L", (84, 84))  # three times too large, for smooth edges
-            style = {"font": fonts[i % 5], "stroke_width": i % 3, "anchor": "mm"}
-            ImageDraw.Draw(image).text((42, 42), f"{label}", 255, **style)
-            images.append(v2.functional.pil_to_tensor(affine(image).reduce(3)))
+    torch.manual_seed(seed)
+    images, labels = [], torch.randint(10, (n,))
+    for i, y in enumerate(labels):
+        image = Image.new("L", (84, 84))  # three times too large, for smooth edges
+        ImageDraw.Draw(image).text((42, 42), f"{y}", 255, fonts[i % 5], "mm", stroke_width=i % 3)
+        images.append(v2.functional.pil_to_tensor(affine(image).reduce(3)))
     return torch.stack(images) / 127.5 - 1, labels
 
 
-NOT_KEPT = {"script", "device", "off", "resume", "sample_only", "eval_samples", "speed", "files"}
-
-
 def number(kind: type, low: float, high: float = 1e9):
-    def parse(text: str):  # an argparse type
+    def number(text: str):  # an argparse type, whose name stands in argparse's messages
         if not low <= (value := kind(text)) <= high:
             raise argparse.ArgumentTypeError(f"{text}: must be {low:g} to {high:g}")
         return value
-    parse.__name__ = kind.__name__  # for argparse's message "invalid int value"
-    return parse
+    return number
 
 
 def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float):
@@ -114,7 +102,7 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add = parser.add_argument
     add("--epochs", type=count, default=epochs, help="passes over the training images")
     add("--batch-size", type=count, default=batch_size, help="images in a training step")
-    add("--lr", type=number(float, 1e-9), default=lr, help="peak learning rate of AdamW")
+    add("--lr", type=number(float, 1e-9), default=lr, help="peak rate; times 10 for Muon")
     add("--ema-decay", type=number(float, 0, 1), default=0.999, help="of averaged weights")
     add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
     add("--device", choices=devices, default=devices[0], help="where to compute")
@@ -125,17 +113,16 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add("--resume", action="store_true", help="continue from the checkpoint in --out-dir")
     add("--sample-only", action="store_true", help="use that checkpoint, or weights/")
     add("--eval-samples", type=number(int, 0), help="size of sets for 05 (training on CUDA: 10000)")
-    add("--off", nargs="+", choices=["graph"], default=[], help="speed-ups not to use")
+    add("--no-graphs", action="store_true", help="do not use CUDA graphs")
     add("--fast-dev", action="store_true", help="a complete run in miniature, in seconds")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dict):
-    """Typed options win; then come the checkpoint's, then `fast_dev`, then the defaults."""
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
+    """Typed options win; then the checkpoint's, then `tiny` if --fast-dev, then the defaults."""
+    if parser.parse_args(argv).fast_dev:
+        parser.set_defaults(**tiny, out_dir=f"runs/fast_dev/{parser.prog[:-3]}")
     args = parser.parse_args(argv)
-    if args.fast_dev:
-        parser.set_defaults(**fast_dev, dataset="synthetic", out_dir=f"runs/fast_dev/{args.script}")
-        args = parser.parse_args(argv)
     path = args.out_dir / "checkpoint.pt"
     state = {"history": [], "networks": {}, "training": {}}
     if args.resume or args.sample_only:
@@ -147,17 +134,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, fast_dev: dic
     args = parser.parse_args(argv, argparse.Namespace(checkpoint=path, state=state))
     if args.batch_size > args.train_images:
         parser.error(f"--batch-size {args.batch_size}: only {args.train_images} images")
-    args.speed = ["graph"] if args.device == "cuda" and not args.off else []
-    print(f"{args.script} on {args.device}, weights: {state.get('path', 'new')}, CUDA graphs:",
-          "on" if args.speed else "off (they need CUDA, without --off graph)")
+    print(f"{args.script} on {args.device}, weights: {state.get('path', 'new')}")
     with one_line_error(f"--out-dir {args.out_dir} cannot be made"):
         args.out_dir.mkdir(parents=True, exist_ok=True)
     return args
 
 
 @contextmanager
-def one_line_error(what: str):
-    """Whatever goes wrong in the block ends the script in one line, which begins with `what`."""
+def one_line_error(what: str):  # any error in the block ends the script in one line
     try:
         yield
     except Exception as error:  # noqa: BLE001, each is shown
@@ -165,21 +149,40 @@ def one_line_error(what: str):
 
 
 def as_function(model: nn.Module, args: argparse.Namespace):
-    """The network for sampling. On CUDA its work for one shape of inputs becomes a CUDA graph,
-    started by one call (off by --off graph), because Python takes longer to start our small
-    layers than a GPU to run them: 2.3 ms against 0.4 for 16 images on an H100, we estimate, for
-    no GPU has run it yet. Training is eager: a step with 128 takes Python and GPU 2.5 ms each.
-    Autocast needs 312 kernels, not 186; torch.compile may save 20 s in 40 epochs, for 40 s.
-    """
+    """The network for sampling. On CUDA its work for each shape becomes a CUDA graph, since
+    Python takes longer to start our small layers than a GPU to run them (RESULTS.md)."""
     graphs = {}
     @torch.no_grad()
     def network(*inputs: Tensor) -> Tensor:
         shape = inputs[0].shape
-        if args.speed and shape not in graphs:
+        if inputs[0].is_cuda and not args.no_graphs and shape not in graphs:
             graphs[shape] = torch.cuda.make_graphed_callables(
                 model.forward, tuple(x.clone() for x in inputs))  # model itself stays as it is
         return graphs.get(shape, model)(*inputs).clone()  # the next replay overwrites it
     return network
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW; but weights with 16 or more inputs and outputs, as matrices, take steps of Muon
+    (Jordan 2024): where the mean of recent gradients is U S Vᵀ, the step is nearly U Vᵀ,
+    equally far in all directions. It learns more in a minute (RESULTS.md)."""
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        matrices = [w for w in group["params"] if w.dim() > 1 and min(w.shape[:2]) >= 16]
+        for shape in {w.shape for w in matrices}:  # all of one shape in one batch
+            weights = [w for w in matrices if w.shape == shape]
+            grad = torch.stack([w.grad.flatten(1) for w in weights])
+            state = self.state.setdefault(weights[0], {"step": torch.ones(1), "momentum": 0 * grad})
+            m = nn.functional.normalize(state["momentum"].lerp_(grad, 0.05), dim=(1, 2))
+            for _ in range(5):  # Newton and Schulz: all singular values go to about 1
+                gram = m @ m.mT
+                gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+                m = torch.baddbmm(m, gram, m, beta=3.4445)
+            for w, step in zip(weights, 10 * group["lr"] * m):
+                w -= step.view_as(w)
+                w.grad = None  # so AdamW leaves it alone
+        super().step()
 
 
 class Stage:
@@ -188,7 +191,7 @@ class Stage:
         self.args, self.name, self.model, self.epochs = args, name, model, epochs
         self.lr, self.done, self.data, self.steps = lr, 0, data, len(data[0]) // args.batch_size
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr, fused=True)
+        self.optimizer = Muon(model.parameters(), lr, fused=True)
         if name in args.state["networks"]:
             with one_line_error(f"{args.checkpoint} does not fit these options"):
                 self.done, weights, state = args.state["training"][name]
@@ -203,7 +206,7 @@ class Stage:
                                 for net in (self.ema, self.model))  # weights, BatchNorm's means
         bar = tqdm(range(total), self.name, initial=self.done * self.steps, mininterval=1)
         while self.done < self.epochs:
-            self.losses = []  # each epoch has its own seed, for --resume
+            self.losses, start = [], time.perf_counter()  # each epoch has its seed, for --resume
             self.rng = torch.Generator(args.device).manual_seed(self.done + 1000 * args.seed)
             order = torch.randperm(len(self.data[0]), generator=self.rng, device=args.device)
             for index in order.split(args.batch_size)[: self.steps]:  # of equal size
@@ -211,12 +214,16 @@ class Stage:
                 lr = self.lr * min((i + 1) / warm_up, 1) * (1 - i / total)  # up, then down to zero
                 self.optimizer.param_groups[0]["lr"] = lr
                 yield [part[index] for part in self.data]
-                if len(self.losses) == 1:  # the first step may warm up, so it is not timed
-                    self.losses[0].item()  # waits for the device
-                    start = time.perf_counter()
                 if bar.update():  # once a second, since reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(self.losses[-100:]).mean().item())
-            self.end_epoch(lr, torch.stack(self.losses).mean().item(), start)
+            loss, seconds = torch.stack(self.losses).mean().item(), time.perf_counter() - start
+            if not loss < 1e9:  # it may be infinite, or no number
+                sys.exit(f"the loss became {loss}: try a lower --lr (no checkpoint was changed)")
+            self.done += 1
+            epoch = {"stage": self.name, "epoch": self.done, "loss": loss, "lr": lr}
+            rate = self.steps * args.batch_size / seconds
+            args.state["history"].append(epoch | {"seconds": seconds, "images_per_second": rate})
+            self.save_all()
 
     def step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -225,20 +232,13 @@ class Stage:
         torch._foreach_lerp_(self.slow, self.fast, 1 - self.decay)
         self.losses.append(loss.detach())
 
-    def end_epoch(self, lr: float, loss: float, start: float) -> None:
-        args, state, seconds = self.args, self.args.state, time.perf_counter() - start
-        if not math.isfinite(loss):
-            sys.exit(f"the loss became {loss}: try a lower --lr ({args.checkpoint} is unchanged)")
-        self.done += 1
-        rate = (self.steps - 1) * args.batch_size / seconds
-        state["history"].append({"stage": self.name, "epoch": self.done, "loss": loss, "lr": lr,
-                                 "seconds": seconds, "images_per_second": rate})
+    def save_all(self) -> None:
+        args, state = self.args, self.args.state
         state["networks"][self.name] = self.ema.state_dict()
         training = [self.done, self.model.state_dict(), self.optimizer.state_dict()]
         state |= origin(args) | {"training": state["training"] | {self.name: training}}
         save(args.checkpoint, state)
-        lines = [json.dumps(epoch) + "\n" for epoch in state["history"]]
-        (args.out_dir / "metrics.jsonl").write_text("".join(lines))
+        (args.out_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])))
 
 
 def save(path: Path, state: dict) -> None:
@@ -248,12 +248,13 @@ def save(path: Path, state: dict) -> None:
 
 def origin(args: argparse.Namespace) -> dict:
     """What made a file: script, machine, and the options that --resume takes over."""
-    text = "".join(file.read_text() for file in Path("/proc").glob("cpuinfo"))  # on Linux
-    cpu = f"{os.cpu_count()} cores, " + (re.findall("model name.*: (.+)", text) or ["unknown"])[0]
-    kept = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, list))}
-    return {"script": args.script, "args": {k: kept[k] for k in kept if k not in NOT_KEPT},
+    text = "".join(f.read_text() for f in Path("/proc").glob("cpuinfo")) + "model name: ?"
+    cpu = f"{torch.get_num_threads()} cores, {re.findall('model name.*: (.+)', text)[0]}"
+    kept = {k: v for k, v in vars(args).items() if type(v) in (int, float, str, list)
+            and k not in ("script", "device", "eval_samples", "files")}
+    return {"script": args.script, "args": kept,
             "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
-            "torch": str(torch.__version__), "device": args.device, "speed_ups": args.speed}
+            "torch": str(torch.__version__), "device": args.device}
 
 
 def load_checkpoint(path: Path, script: str) -> dict:
@@ -285,10 +286,10 @@ def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
 
 def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
     """Draw, time and keep what `samplers`, pairs (made, sample(noise, rng)), make of `noise`."""
-    points, rows, timings = {}, {}, []
-    for epoch in args.state["history"]:
-        points.setdefault(epoch["stage"], []).append((epoch["epoch"], epoch["loss"]))
-    save_plot(args.out_dir / "loss.png", points, title="Loss", xlabel="epoch", yscale="log")
+    rows, timings, history, networks = {}, [], args.state["history"], args.state["networks"]
+    losses = {stage: [(epoch["epoch"], epoch["loss"]) for epoch in history
+                      if epoch["stage"] == stage] for stage in networks}
+    save_plot(args.out_dir / "loss.png", losses, title="Loss", xlabel="epoch", yscale="log")
     large = noise.repeat(63, 1, 1, 1)[: 1000 if noise.is_cuda else 64]
     for made, sample in samplers:
         images, seconds = time_sampler(sample, noise, args.seed)
@@ -298,13 +299,12 @@ def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
         rows[f"{made['name']}\n{seconds:.3f} s"] = images[:10]
         rate = len(large) / time_sampler(sample, large, args.seed)[1]
         print(f"{title}; {rate:.1f} images/s in batches of {len(large)}")
-        made |= {"seconds": seconds, "images_per_second": rate}
-        timings.append(made | {"images": len(noise), "large_batch": len(large)})
+        made |= {"seconds": seconds, "images_per_second": rate, "large_batch": len(large)}
+        timings.append(made | {"images": len(noise)})
     save_grid(torch.cat([*rows.values()]), args.out_dir / "samples.png", overview, 10, [*rows])
     report = origin(args) | more | {"trained_on": args.state["hardware"], "samplers": timings}
-    report["training_seconds"] = sum(epoch["seconds"] for epoch in args.state["history"])
-    networks = args.state["networks"].items()
-    report["parameters"] = {name: sum(map(torch.numel, net.values())) for name, net in networks}
+    report["training_seconds"] = sum(epoch["seconds"] for epoch in history)
+    report["parameters"] = {k: sum(map(torch.numel, net.values())) for k, net in networks.items()}
     (args.out_dir / "timings.json").write_text(json.dumps(report, indent=1))
     by_default = 10_000 if noise.is_cuda and not args.sample_only else 0
     wanted = by_default if args.eval_samples is None else args.eval_samples

@@ -255,7 +255,7 @@ def test_the_script_for_a_gpu_runs_in_miniature_and_repeats_nothing(tmp_path):
     printed = call(0)
     assert printed[-1] == f"all is done: {tmp_path}/results.md"
     stages = [line.split(":")[0] for line in printed if ": " in line][:-1]
-    assert {*STAGES, "machine", "off_none", "off_graph", "speed_ups", "05_compare"} <= {*stages}
+    assert {*STAGES, "machine", "graphs", "no_graphs", "speed_ups", "05_compare"} <= {*stages}
     assert len([line for line in printed if "done in" in line]) + 1 >= len(stages)
     text = (tmp_path / "results.md").read_text()
     for found in (*STAGES, "DDIM, 2 steps", "Fréchet distance", "40 epochs of training", "eager"):

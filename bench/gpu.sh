@@ -81,11 +81,11 @@ if [ ${#unfinished[@]} = 0 ] || [ "${unfinished[*]}" = tests ]; then
     stage 05_compare "$python" 05_compare.py --device "$device" --runs "$out" \
         --out-dir "$out/05_compare" --eval-samples "$samples" "${small[@]}"
 fi
-for off in none graph; do
+for name in graphs no_graphs; do
     options=()
-    [ "$off" = none ] || options=(--off "$off")
-    stage "off_$off" "$python" 01_ddpm_ddim.py --device "$device" --eval-samples 0 \
-        --out-dir "$out/off_$off" "${small[@]}" "${short[@]}" "${options[@]}"
+    [ "$name" = graphs ] || options=(--no-graphs)
+    stage "$name" "$python" 01_ddpm_ddim.py --device "$device" --eval-samples 0 \
+        --out-dir "$out/$name" "${small[@]}" "${short[@]}" "${options[@]}"
 done
 stage speed_ups "$python" bench/speed_ups.py --device "$device" "${small[@]:0:1}"
 if "$python" -c "import diffusers, accelerate, denoising_diffusion_pytorch" 2>"$out/libraries.txt"; then

@@ -3,11 +3,17 @@
     OMP_NUM_THREADS=1 python bench/recipe.py 01                     01 as it is, one core
     OMP_NUM_THREADS=1 python bench/recipe.py 04+muon+minus --seed 1
 
-An arm is a script, 01 or 04, and what is changed: `muon` for the matrices and convolutions, as
-matrices (AdamW for the rest); `v` or `minus` for what the network predicts: v of Salimans & Ho 2022
-in 01, its output minus x in 04; `batch=32`, `lr=0.001`, `muonlr=0.05`. Appends a line to
-runs/recipe/results.jsonl: the distance of 2,000 samples by DDIM-50, or by 2, 5 and 10 Euler steps,
-the loss at the end, and images in a second of the processor. Needs MNIST in data/.
+An arm is a script, 01 or 04, and what is changed in it:
+    muon                  for matrices and convolutions, as matrices; AdamW for the rest
+    lr=0.001 muonlr=0.05 batch=32
+    v, x, minsnr          01 predicts v of Salimans & Ho 2022; the image; noise, weighted by SNR
+    minus, t=uniform      04 predicts its output minus x; the density of t
+    net=16/64/128         channels at 28x28, 14x14, 7x7
+    net=16/64/64/0        without attention at 14x14
+    net=0/64/128          patches of 2x2 pixels as 4 channels at 14x14
+Appends a line to runs/recipe/results.jsonl: the distance of 2,000 samples by DDIM-50, or by 2, 5
+and 10 Euler steps, the loss at the end, and images in a second of the processor. The weights stay
+there, too, averaged over three horizons. Needs MNIST in data/.
 """
 
 import argparse
@@ -29,6 +35,49 @@ common = importlib.import_module("common")
 ddpm = importlib.import_module("01_ddpm_ddim")
 rflow = importlib.import_module("04_rectified_flow")
 compare = importlib.import_module("05_compare")
+
+
+class Net(nn.Module):
+    """The U-Net of the scripts with any numbers of channels, or on patches of 2x2 pixels."""
+
+    def __init__(self, t_max: float, c1: int, c2: int, c3: int, attention: int = 1):
+        super().__init__()
+        self.time_scale, self.c1, outer = 1000 / t_max, c1, c1 or c2
+        self.time = nn.Sequential(nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
+        self.conv_in = nn.Conv2d(1 if c1 else 4, outer, 3, padding=1)
+        if c1:
+            self.down0 = common.ResBlock(c1, c1, 128)
+            self.down0_to_1 = nn.Conv2d(c1, c2, 3, stride=2, padding=1)
+            self.up0_to_1 = nn.Conv2d(c2, c1, 3, padding=1)
+            self.up1 = common.ResBlock(2 * c1, c1, 128)
+        self.down1 = common.ResBlock(c2, c2, 128)
+        self.down1_attention = common.Attention(c2) if attention else nn.Identity()
+        self.down1_to_mid = nn.Conv2d(c2, c3, 3, stride=2, padding=1)
+        self.mid1, self.mid2 = common.ResBlock(c3, c3, 128), common.ResBlock(c3, c3, 128)
+        self.mid_attention = common.Attention(c3)
+        self.mid_to_up0 = nn.Conv2d(c3, c2, 3, padding=1)
+        self.up0 = common.ResBlock(2 * c2, c2, 128)
+        self.up0_attention = common.Attention(c2) if attention else nn.Identity()
+        self.norm_out = nn.GroupNorm(8, outer)
+        self.conv_out = nn.Conv2d(outer, 1 if c1 else 4, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        emb = self.time(common.timestep_embedding(t * self.time_scale, 128))
+        if self.c1:
+            h0 = self.down0(self.conv_in(x), emb)
+            h = self.down0_to_1(h0)
+        else:
+            h = self.conv_in(F.pixel_unshuffle(x, 2))
+        h1 = self.down1_attention(self.down1(h, emb))
+        h = self.mid2(self.mid_attention(self.mid1(self.down1_to_mid(h1), emb)), emb)
+        h = self.mid_to_up0(F.interpolate(h, scale_factor=2.0))
+        h = self.up0_attention(self.up0(torch.cat([h, h1], dim=1), emb))
+        if self.c1:
+            h = self.up0_to_1(F.interpolate(h, scale_factor=2.0))
+            h = self.up1(torch.cat([h, h0], dim=1), emb)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return h if self.c1 else F.pixel_shuffle(h, 2)
 
 
 class Optimizer:
@@ -73,30 +122,40 @@ def main() -> None:
     digits, _ = common.load_digits(args)
     schedule = ddpm.make_schedule(1000)
     torch.manual_seed(mine.seed)
-    net = module.UNet(32, 1000 if script == "01" else 1).to(memory_format=torch.channels_last)
+    t_max = 1000 if script == "01" else 1
+    channels = [int(c) for c in values["net"].split("/")] if "net" in values else []
+    net = Net(t_max, *channels) if channels else module.UNet(32, t_max)
+    net = net.to(memory_format=torch.channels_last)
+    density = rflow.T_DENSITIES[values.get("t", "logit-normal")]
     model = (lambda x, t: net(x, t) - x) if "minus" in changes else net
 
     def noise_of(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What 01's samplers want, from a network that predicts v: ε = sin x_t + cos v."""
+        """What 01's samplers want: ε, also where the network predicts v or the image."""
         cos, sin = (table[t].view(-1, 1, 1, 1) for table in schedule[3:])
-        return sin * x_t + cos * net(x_t, t)
+        out = net(x_t, t)
+        if "v" in changes:
+            return sin * x_t + cos * out
+        return (x_t - cos * out) / sin if "x" in changes else out
 
     def loss_of(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         if script == "04":
             x0 = torch.randn(x.shape, generator=rng)
-            return rflow.flow_loss(model, x0, x, torch.rand(len(x), generator=rng))
-        if "v" not in changes:
-            return ddpm.diffusion_loss(net, schedule, x, rng=rng)
+            t = density(torch.rand(len(x), generator=rng))
+            return rflow.flow_loss(model, x0, x, t)
         t = torch.randint(1000, (len(x),), generator=rng)
         noise = torch.randn(x.shape, generator=rng)
         cos, sin = (table[t].view(-1, 1, 1, 1) for table in schedule[3:])
-        return F.mse_loss(net(cos * x + sin * noise, t), cos * noise - sin * x)
+        target = cos * noise - sin * x if "v" in changes else x if "x" in changes else noise
+        error = (net(cos * x + sin * noise, t) - target).square()
+        if "minsnr" in changes:  # Hang et al. 2023, γ = 5
+            error = error * (5 * (sin / cos) ** 2).clamp(max=1)
+        return error.mean()
 
     lr = float(values.get("lr", 2e-3))
     optimizer = Optimizer(net, lr, muon_lr if "muon" in changes else None)
-    ema, rng = copy.deepcopy(net), torch.Generator().manual_seed(mine.seed)
+    emas, rng = [copy.deepcopy(net) for _ in range(3)], torch.Generator().manual_seed(mine.seed)
     steps, losses, start = mine.images // batch, [], time.process_time()
-    decay = min(0.999, 1 - 10 / steps)
+    decays = [1 - 5 / steps, 1 - 10 / steps, 1 - 30 / steps]
     order = torch.cat([torch.randperm(len(digits), generator=rng)
                        for _ in range(-(-mine.images // len(digits)))])
     for i in tqdm(range(steps), mine.arm, mininterval=10):
@@ -105,10 +164,13 @@ def main() -> None:
         loss.backward()
         optimizer.step(min((i + 1) / 200, 1) * (1 - i / steps))
         with torch.no_grad():
-            torch._foreach_lerp_([*ema.parameters()], [*net.parameters()], 1 - decay)
+            for ema, decay in zip(emas, decays):
+                torch._foreach_lerp_([*ema.parameters()], [*net.parameters()], 1 - decay)
         losses.append(loss.item())
     seconds = time.process_time() - start
-    net.load_state_dict(ema.state_dict())
+    file = f"{mine.arm}_{mine.images}_{mine.seed}".replace("/", "-")
+    torch.save([ema.state_dict() for ema in emas], folder / f"{file}.pt")
+    net.load_state_dict(emas[1].state_dict())
 
     judge_args = compare.parse_args(["--device", "cpu", "--out-dir", str(folder)])
     judge = common.load_networks(judge_args.state, compare.make_models(judge_args))["judge"]
@@ -116,19 +178,19 @@ def main() -> None:
     real, _ = compare.features(judge, common.to_uint8(test))
     noise = torch.randn(mine.samples, 1, 28, 28, generator=torch.Generator().manual_seed(1))
     if script == "01":
-        eps = torch.no_grad()(noise_of if "v" in changes else net)
+        eps = torch.no_grad()(noise_of)
         samplers = {"DDIM-50": lambda x: ddpm.ddim_sample(eps, schedule, x, 50)}
     else:
         samplers = {f"Euler-{n}": lambda x, n=n: rflow.euler_sample(model, x, n)
                     for n in (2, 5, 10)}
     result = {"arm": mine.arm, "seed": mine.seed, "images": steps * batch, "loss":
               sum(losses[-500:]) / len(losses[-500:]), "images_per_second": steps * batch / seconds}
-    for name, sample in samplers.items():
-        images = torch.cat([common.to_uint8(sample(x)) for x in tqdm(noise.split(50), name)])
+    for sampler, sample in samplers.items():
+        images = torch.cat([common.to_uint8(sample(x)) for x in tqdm(noise.split(50), sampler)])
         phi, _ = compare.features(judge, images)
-        result[name] = compare.frechet_distance(real, phi)
-        common.save_grid(images[:40] / 127.5 - 1, folder / f"{mine.arm}_{mine.seed}_{name}.png",
-                         f"{mine.arm}: {name}, distance {result[name]:.3g}", 10)
+        result[sampler] = compare.frechet_distance(real, phi)
+        common.save_grid(images[:40] / 127.5 - 1, folder / f"{file}_{sampler}.png",
+                         f"{mine.arm}: {sampler}, distance {result[sampler]:.3g}", 10)
     with open(folder / "results.jsonl", "a") as file:
         print(json.dumps(result), file=file)
     print(result)

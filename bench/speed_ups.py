@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--fast-dev", action="store_true", help="small, and nothing is compiled")
     mine = parser.parse_args()
     device, width, calls = mine.device, 8 if mine.fast_dev else 32, 3 if mine.fast_dev else 200
-    args = ddpm.parse_args(["--device", device, "--out-dir", "runs/speed_ups", "--off", "graph"])
+    args = ddpm.parse_args(["--device", device, "--out-dir", "runs/speed_ups", "--no-graphs"])
     schedule = ddpm.make_schedule(1000, device)
 
     def network(batch: int, way: str):
@@ -58,7 +58,7 @@ def main() -> None:
                  "graph, channels first", "graph, compiled", "graph, compiled, autocast"]
     print("| sampling | images | ms a call | warm-up, s |\n|---|---|---|---|")
     for way in ways:
-        args.speed = ["graph"] if "graph" in way else []
+        args.no_graphs = "graph" not in way
         for batch in (16, 32 if mine.fast_dev else 1000):
             model, inputs, precision = network(batch, way)
             net = common.as_function(model, args)
@@ -71,7 +71,7 @@ def main() -> None:
         if "graph" in way:
             continue
         model, (x, _), precision = network(128, way)
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+        optimizer = common.Muon(model.parameters(), 1e-4, fused=True)
 
         def step(model=model, x=x, precision=precision, optimizer=optimizer):
             with precision:

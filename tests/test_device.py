@@ -58,9 +58,9 @@ def load(path: Path) -> dict:
 def test_each_script_trains_resumes_and_samples(module, cuda, tmp_path, capsys):
     module.main(tiny(module, tmp_path))
     assert capsys.readouterr().out.splitlines()[0] == (
-        f"{module.__name__} on cuda, weights: new, CUDA graphs: on")
+        f"{module.__name__} on cuda, weights: new")
     state = load(tmp_path / "checkpoint.pt")
-    assert state["device"] == "cuda" and state["speed_ups"] == ["graph"]
+    assert state["device"] == "cuda"
     assert state["hardware"] == torch.cuda.get_device_name()
     sets = {path.name: load(path)["images"] for path in tmp_path.glob("eval_*.pt")}
     assert sets and all(images.device.type == "cpu" for images in sets.values())
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_cuda_is_exported_for_any_device(cuda, bench, tmp_path, 
 # ---------------------------------------------------------------------------- the CUDA graphs
 
 
-@pytest.mark.parametrize(("more", "recorded"), [((), 2), (("--off", "graph"), 0)])
+@pytest.mark.parametrize(("more", "recorded"), [((), 2), (("--no-graphs",), 0)])
 def test_one_graph_a_shape_and_no_answer_is_overwritten(
     more, recorded, cuda, tmp_path, monkeypatch
 ):
@@ -196,16 +196,8 @@ def test_what_cannot_be_recorded_is_refused(forward, tmp_path):
         model.forward = forward
         with pytest.raises(DeviceError):
             common.as_function(model, args)(torch.ones(2, device="cuda"))
-        args.speed = []
+        args.no_graphs = True
         common.as_function(model, args)(torch.ones(2, device="cuda"))
-
-
-def test_a_script_says_which_speed_ups_are_on(cuda, tmp_path, capsys):
-    for more, expected in [([], "cuda, weights: new, CUDA graphs: on"),
-                           (["--off", "graph"], "cuda, weights: new, CUDA graphs: off"),
-                           (["--device", "cpu"], "cpu, weights: new, CUDA graphs: off")]:
-        ddpm.parse_args(tiny(ddpm, tmp_path, *more))
-        assert f"01_ddpm_ddim on {expected}" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------- the double itself
