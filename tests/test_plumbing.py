@@ -435,7 +435,7 @@ def test_small_weights_vectors_and_weights_without_gradient_in_muon():
 
 @pytest.mark.parametrize(("steps", "warm_up"), [(20, 2), (100, 10), (3000, 200)])
 def test_the_learning_rate_warms_up_and_falls_to_zero(steps, warm_up, fast_dev):
-    """With a constant gradient of 1, a step of one weight is the learning rate, but for the decay."""
+    """With a constant gradient of 1, a step is the learning rate, but for the decay."""
     args, model, rates = fast_dev(ddpm), OneWeight(), []
     stage = one_weight_stage(args, steps, 0.01, model=model)
     for _ in stage:
