@@ -51,6 +51,7 @@ def test_the_network_of_03_is_that_of_01_and_the_labels():
     torch.manual_seed(0)
     one, three = ddpm.UNet(8, 1000), cfg.UNet(8, 1000, 4)
     nn.init.normal_(one.conv_out.weight)
+    nn.init.zeros_(three.cross_attention.out.bias)
     weights = one.state_dict()
     spread = torch.zeros(8, 33, 3, 3)
     spread[:, :1] = weights["conv_in.weight"]
