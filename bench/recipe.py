@@ -146,27 +146,32 @@ def main() -> None:
     torch.save([ema.state_dict() for ema in emas], folder / f"{file}.pt")
     net.load_state_dict(emas[1].state_dict())
 
-    judge_args = compare.parse_args(["--device", "cpu", "--out-dir", str(folder)])
-    judge = common.load_networks(judge_args.state, compare.make_models(judge_args))["judge"]
-    test, _ = common.load_digits(judge_args, train=False)
-    real, _ = compare.features(judge, common.to_uint8(test))
-    noise = torch.randn(mine.samples, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    result = {"arm": mine.arm, "seed": mine.seed, "images": steps * batch, "loss":
+              sum(losses[-500:]) / len(losses[-500:]), "images_per_second": steps * batch / seconds}
     if script == "01":
         eps = torch.no_grad()(noise_of)
         samplers = {"DDIM-50": lambda x: ddpm.ddim_sample(eps, schedule, x, 50)}
     else:
         samplers = {f"Euler-{n}": lambda x, n=n: rflow.euler_sample(model, x, n)
                     for n in (2, 5, 10)}
-    result = {"arm": mine.arm, "seed": mine.seed, "images": steps * batch, "loss":
-              sum(losses[-500:]) / len(losses[-500:]), "images_per_second": steps * batch / seconds}
-    for sampler, sample in samplers.items():
-        images = torch.cat([common.to_uint8(sample(x)) for x in tqdm(noise.split(50), sampler)])
+    score(result, samplers, mine.samples, folder, file)
+
+
+def score(result: dict, samplers: dict, samples: int, folder: Path, file: str) -> None:
+    """Adds the distance of each sampler to `result` and that to the results; keeps pictures."""
+    args = compare.parse_args(["--device", "cpu", "--out-dir", str(folder)])
+    judge = common.load_networks(args.state, compare.make_models(args))["judge"]
+    test, _ = common.load_digits(args, train=False)
+    real, _ = compare.features(judge, common.to_uint8(test))
+    noise = torch.randn(samples, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    for name, sample in samplers.items():
+        images = torch.cat([common.to_uint8(sample(x)) for x in tqdm(noise.split(50), name)])
         phi, _ = compare.features(judge, images)
-        result[sampler] = compare.frechet_distance(real, phi)
-        common.save_grid(images[:40] / 127.5 - 1, folder / f"{file}_{sampler}.png",
-                         f"{mine.arm}: {sampler}, distance {result[sampler]:.3g}", 10)
-    with open(folder / "results.jsonl", "a") as file:
-        print(json.dumps(result), file=file)
+        result[name] = compare.frechet_distance(real, phi)
+        common.save_grid(images[:40] / 127.5 - 1, folder / f"{file}_{name}.png",
+                         f"{result['arm']}: {name}, distance {result[name]:.3g}", 10)
+    with open(folder / "results.jsonl", "a") as lines:
+        print(json.dumps(result), file=lines)
     print(result)
 
 
