@@ -11,7 +11,7 @@ An arm is a script, 01 or 04, and what is changed in it:
     net=16/64/128         channels at 28x28, 14x14, 7x7
     net=16/64/64/0        without attention at 14x14
     net=0/64/128          patches of 2x2 pixels as 4 channels at 14x14
-Appends a line to runs/recipe/results.jsonl: the distance of 2,000 samples by DDIM-50, or by 2, 5
+Appends a line to results.jsonl: the distance of 2,000 samples by DDIM-50, or by 2, 5
 and 10 Euler steps, the loss at the end, and images in a second of the processor. The weights stay
 there, too, averaged over three horizons. Needs MNIST in data/.
 """
@@ -86,11 +86,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=96_000, help="in the training, with repeats")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--out-dir", type=Path, default=Path("runs/recipe"))
     mine = parser.parse_args()
     script, *changes = mine.arm.split("+")
     values = dict(change.split("=") for change in changes if "=" in change)
     batch, lr = int(values.get("batch", 64)), float(values.get("lr", 2e-3))
-    folder, module = Path("runs/recipe"), {"01": ddpm, "04": rflow}[script]
+    folder, module = mine.out_dir, {"01": ddpm, "04": rflow}[script]
     args = module.parse_args(["--device", "cpu", "--out-dir", str(folder)])
     digits, _ = common.load_digits(args)
     schedule = ddpm.make_schedule(1000)

@@ -7,7 +7,7 @@ UNet2DModel in the shape of our network (32, 64 and 64 channels, attention at 14
 trained by the recipe of its tutorial "Train a diffusion model": batches of 16, AdamW with a rate
 of 1e-4 that warms up for 500 steps and then falls as a cosine, gradients clipped to a norm of 1,
 1,000 timesteps with linear β, no average of weights. DDIM-50 of the library draws 2,000 digits.
-Appends a line to runs/recipe/results.jsonl. Needs MNIST in data/.
+Appends a line to results.jsonl. Needs MNIST in data/.
 """
 
 import argparse
@@ -32,8 +32,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--out-dir", type=Path, default=Path("runs/recipe"))
     mine = parser.parse_args()
-    folder, batch, steps = Path("runs/recipe"), mine.batch_size, mine.images // mine.batch_size
+    folder, batch, steps = mine.out_dir, mine.batch_size, mine.images // mine.batch_size
     digits, _ = common.load_digits(ddpm.parse_args(["--device", "cpu", "--out-dir", str(folder)]))
     torch.manual_seed(mine.seed)
     net = UNet2DModel(

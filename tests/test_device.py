@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import sys
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -142,6 +143,22 @@ def test_the_measurements_in_bench(cuda, bench, tmp_path, monkeypatch, capsys):
     assert weights == 642_049 and rate > 0
     assert libraries.sample_ours("cuda", tmp_path / "ours") > 0
     assert libraries.floor("cuda", 64)[0] > 0
+
+
+@pytest.mark.parametrize(("arm", "samplers"), [
+    ("01+v+net=8/8/16/0", ["DDIM-50"]), ("04+adamw+minus+net=0/8/8+t=uniform",
+                                         ["Euler-2", "Euler-5", "Euler-10"])])
+def test_an_arm_of_the_recipes_leaves_its_distances(arm, samplers, bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "load_digits", lambda args, train=True: (
+        common.synthetic_digits(99, train)))
+    monkeypatch.setattr(sys, "argv", ["recipe.py", arm, "--images", "198", "--samples", "9",
+                                      "--out-dir", str(tmp_path)])
+    for _ in range(2):
+        bench("recipe").main()
+    one, two = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert one["arm"] == arm and one["images"] == 192 and one["images_per_second"] > 0
+    assert all(one[name] == two[name] > 1 for name in samplers)
+    assert len(list(tmp_path.glob("*.png"))) == len(samplers)
 
 
 def test_the_kernels_can_be_counted_without_a_gpu(bench, capsys):
