@@ -126,7 +126,7 @@ def test_fast_dev_leaves_all_results(script, fast_dev):
         assert samples["images"].dtype == torch.uint8
         assert samples["images"].shape == (20, 1, 28, 28)
         assert len(samples["images"].unique(dim=0)) == 20  # no image twice
-        assert samples["args"]["fast_dev"] and samples["method"] and samples["sampler"]
+        assert samples["args"]["train_images"] == 256 and samples["method"] and samples["sampler"]
         asked_for = script == "03_cfg" and samples["guidance"] > 0
         assert samples.get("labels", torch.empty(0)).tolist() == [*range(10)] * 2 * asked_for
 
