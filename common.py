@@ -163,24 +163,24 @@ def as_function(model: nn.Module, args: argparse.Namespace):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW; but weights with 16 or more inputs and outputs, as matrices, take steps of Muon
-    (Jordan 2024): where the mean of recent gradients is U S Vᵀ, the step is nearly U Vᵀ,
-    equally far in all directions. It learns more in a minute (RESULTS.md)."""
+    """AdamW, but convolutions of 16 channels or more take steps of Muon (Jordan 2024): if
+    the mean of recent gradients, as a matrix, is U S Vᵀ, the step is almost U Vᵀ."""
     @torch.no_grad()
     def step(self) -> None:
         group = self.param_groups[0]
-        matrices = [w for w in group["params"] if w.dim() > 1 and min(w.shape[:2]) >= 16]
-        for shape in {w.shape for w in matrices}:  # all of one shape in one batch
-            weights = [w for w in matrices if w.shape == shape]
+        convolutions = [w for w in group["params"] if w.dim() == 4 and min(w.shape[:2]) >= 16]
+        for shape in {w.shape for w in convolutions}:  # all of one shape in one batch
+            weights = [w for w in convolutions if w.shape == shape]
             grad = torch.stack([w.grad.flatten(1) for w in weights])
             state = self.state.setdefault(weights[0], {"step": torch.ones(1), "momentum": 0 * grad})
             m = nn.functional.normalize(state["momentum"].lerp_(grad, 0.05), dim=(1, 2))
-            for _ in range(5):  # Newton and Schulz: all singular values go to about 1
-                gram = m @ m.mT
-                gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-                m = torch.baddbmm(m, gram, m, beta=3.4445)
-            for w, step in zip(weights, 10 * group["lr"] * m):
-                w -= step.view_as(w)
+            p = eye = torch.eye(shape[0], device=grad.device)
+            gram = m @ m.mT
+            for _ in range(5):  # Newton and Schulz: singular values of p m near 1
+                q = 3.4445 * eye - 4.775 * gram + 2.0315 * gram @ gram
+                p, gram = q @ p, q @ gram @ q
+            for w, direction in zip(weights, p @ m):
+                w -= 10 * group["lr"] * direction.view_as(w)
                 w.grad = None  # so AdamW leaves it alone
         super().step()
 

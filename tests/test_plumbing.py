@@ -387,22 +387,23 @@ def muon(*weights: torch.Tensor, lr: float = 1e-3) -> tuple[list, list]:
     return after, grads
 
 
-@pytest.mark.parametrize("shape", [(64, 32), (16, 40), (32, 32)])
-def test_matrices_take_the_steps_of_torchs_muon(shape):
+@pytest.mark.parametrize("shape", [(64, 32, 3, 3), (16, 40, 1, 1), (48, 16, 1, 1)])
+def test_convolutions_take_the_steps_of_torchs_muon(shape):
     """Two of one shape, and another, against the library's, which rounds to bfloat16."""
     torch.manual_seed(0)
-    begin = [torch.randn(shape), torch.randn(shape), torch.randn(20, 30)]
+    begin = [torch.randn(shape), torch.randn(shape), torch.randn(20, 30, 2, 2)]
     after, grads = muon(*begin)
     for i, weight in enumerate(begin):
-        weight = nn.Parameter(weight.clone())
-        optimizer = torch.optim.Muon([weight], 1e-2, weight_decay=0, nesterov=False)
-        scale = max(1, weight.shape[0] / weight.shape[1]) ** 0.5  # the library's, for tall ones
-        expected = weight.detach().clone()
+        matrix = nn.Parameter(weight.flatten(1).clone())
+        optimizer = torch.optim.Muon([matrix], 1e-2, weight_decay=0, nesterov=False)
+        scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5  # the library's, for tall ones
+        expected = weight.flatten(1).clone()
         for now, grad in zip(after, grads):
-            before, weight.grad = weight.detach().clone(), grad[i]
+            before, matrix.grad = matrix.detach().clone(), grad[i].flatten(1)
             optimizer.step()
-            expected += (weight.detach() - before) / scale
-            assert (now[i] - expected).norm() < 0.03 * (expected - begin[i]).norm()
+            expected += (matrix.detach() - before) / scale
+            error = (now[i].flatten(1) - expected).norm()
+            assert error < 0.03 * (expected - weight.flatten(1)).norm()
 
 
 def test_a_convolution_steps_equally_far_in_all_directions():
@@ -416,9 +417,9 @@ def test_a_convolution_steps_equally_far_in_all_directions():
     assert F.cosine_similarity(step.flatten(), (u @ vh).flatten(), dim=0) > 0.98
 
 
-def test_small_weights_vectors_and_weights_without_gradient_in_muon():
+def test_small_convolutions_and_all_else_in_muon():
     """They are AdamW's; where the gradient is zero, as in front of a zero weight, nothing moves."""
-    begin = [torch.randn(8, 64), torch.randn(64, 1, 3, 3), torch.randn(64)]
+    begin = [torch.randn(64, 64), torch.randn(64, 8, 3, 3), torch.randn(64)]
     after, grads = muon(*begin)
     for i, weight in enumerate(begin):
         weight = nn.Parameter(weight.clone())
@@ -427,10 +428,10 @@ def test_small_weights_vectors_and_weights_without_gradient_in_muon():
             weight.grad = grad[i]
             optimizer.step()
             torch.testing.assert_close(now[i], weight.detach(), rtol=0, atol=0)
-    still = nn.Parameter(torch.ones(16, 16))
-    still.grad = torch.zeros(16, 16)
+    still = nn.Parameter(torch.ones(16, 16, 3, 3))
+    still.grad = torch.zeros_like(still)
     common.Muon([still], 1e-3).step()
-    assert torch.equal(still, torch.ones(16, 16))
+    assert torch.equal(still, torch.ones_like(still))
 
 
 @pytest.mark.parametrize(("steps", "warm_up"), [(20, 2), (100, 10), (3000, 200)])
