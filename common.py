@@ -177,10 +177,10 @@ class Muon(torch.optim.AdamW):
             p = eye = torch.eye(shape[0], device=grad.device)
             gram = m @ m.mT
             for _ in range(5):  # Newton and Schulz: singular values of p m near 1
-                q = 3.4445 * eye - 4.775 * gram + 2.0315 * gram @ gram
+                q = 3.4445 * eye + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 p, gram = q @ p, q @ gram @ q
-            for w, direction in zip(weights, p @ m):
-                w -= 10 * group["lr"] * direction.view_as(w)
+            for w, step in zip(weights, 10 * group["lr"] * p @ m):
+                w -= step.view_as(w)
                 w.grad = None  # so AdamW leaves it alone
         super().step()
 
