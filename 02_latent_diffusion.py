@@ -140,7 +140,7 @@ class UNet(nn.Module):
         self.up1 = ResBlock(2 * c1, c1, c_time)
         self.norm_out = nn.GroupNorm(8, c1)
         self.conv_out = nn.Conv2d(c1, 1, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.weight)  # a fresh network predicts a constant
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))

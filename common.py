@@ -169,13 +169,13 @@ class Muon(torch.optim.AdamW):
     def step(self) -> None:
         group = self.param_groups[0]
         convolutions = [w for w in group["params"] if w.dim() == 4 and min(w.shape[:2]) >= 16]
-        for shape in {w.shape for w in convolutions}:  # all of one shape in one batch
+        for shape in {tuple(w.shape) for w in convolutions}:  # a batch for each shape
             weights = [w for w in convolutions if w.shape == shape]
-            grad = torch.stack([w.grad.flatten(1) for w in weights])
-            state = self.state.setdefault(weights[0], {"step": torch.ones(1), "momentum": 0 * grad})
-            m = nn.functional.normalize(state["momentum"].lerp_(grad, 0.05), dim=(1, 2))
-            p = eye = torch.eye(shape[0], device=grad.device)
-            gram = m @ m.mT
+            g = torch.stack([w.grad.flatten(1) for w in weights])
+            m = self.state[shape] = self.state.get(shape, 0 * g).to(g.device).lerp(g, 0.05)
+            m = nn.functional.normalize(m, dim=(1, 2))
+            gram, eye = m @ m.mT, torch.eye(shape[0], device=g.device)
+            p = eye
             for _ in range(5):  # Newton and Schulz: singular values of p m near 1
                 q = 3.4445 * eye + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 p, gram = q @ p, q @ gram @ q
@@ -218,7 +218,7 @@ class Stage:
                     bar.set_postfix(loss=torch.stack(self.losses[-100:]).mean().item())
             loss, seconds = torch.stack(self.losses).mean().item(), time.perf_counter() - start
             if not loss < 1e9:  # it may be infinite, or no number
-                sys.exit(f"the loss became {loss}: try a lower --lr (no checkpoint was changed)")
+                sys.exit(f"the loss became {loss}: try a lower --lr (the last checkpoint is kept)")
             self.done += 1
             epoch = {"stage": self.name, "epoch": self.done, "loss": loss, "lr": lr}
             rate = self.steps * args.batch_size / seconds
@@ -233,12 +233,12 @@ class Stage:
         self.losses.append(loss.detach())
 
     def save_all(self) -> None:
-        args, state = self.args, self.args.state
+        args, state, history = self.args, self.args.state, self.args.state["history"]
         state["networks"][self.name] = self.ema.state_dict()
         training = [self.done, self.model.state_dict(), self.optimizer.state_dict()]
         state |= origin(args) | {"training": state["training"] | {self.name: training}}
         save(args.checkpoint, state)
-        (args.out_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, state["history"])))
+        (args.out_dir / "metrics.jsonl").write_text("\n".join([*map(json.dumps, history), ""]))
 
 
 def save(path: Path, state: dict) -> None:
@@ -248,7 +248,7 @@ def save(path: Path, state: dict) -> None:
 
 def origin(args: argparse.Namespace) -> dict:
     """What made a file: script, machine, and the options that --resume takes over."""
-    text = "".join(f.read_text() for f in Path("/proc").glob("cpuinfo")) + "model name: ?"
+    text = "".join(f.read_text() for f in Path("/proc").glob("cpuinfo")) + "model name: unknown"
     cpu = f"{torch.get_num_threads()} cores, {re.findall('model name.*: (.+)', text)[0]}"
     kept = {k: v for k, v in vars(args).items() if type(v) in (int, float, str, list)
             and k not in ("script", "device", "eval_samples", "files")}

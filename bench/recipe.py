@@ -11,9 +11,9 @@ An arm is a script, 01 or 04, and what is changed in it:
     net=16/64/128         channels at 28x28, 14x14, 7x7
     net=16/64/64/0        without attention at 14x14
     net=0/64/128          patches of 2x2 pixels as 4 channels at 14x14
-Appends a line to results.jsonl: the distance of 2,000 samples by DDIM-50, or by 2, 5
-and 10 Euler steps, the loss at the end, and images in a second of the processor. The weights stay
-there, too, averaged over three horizons. Needs MNIST in data/.
+Appends a line to results.jsonl: the distance of 2,000 samples by DDIM-50, or by 2, 5 and 10 Euler
+steps, the loss at the end, and images in a second of the processor. The weights stay there, too,
+averaged over a fifth, a tenth (which is scored) and a thirtieth of the run. Needs MNIST in data/.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def main() -> None:
 
 
 def score(result: dict, samplers: dict, samples: int, folder: Path, file: str) -> None:
-    """Adds the distance of each sampler to `result` and that to the results; keeps pictures."""
+    """Add the distance of each sampler to `result`, keep it in results.jsonl, and draw pictures."""
     args = compare.parse_args(["--device", "cpu", "--out-dir", str(folder)])
     judge = common.load_networks(args.state, compare.make_models(args))["judge"]
     test, _ = common.load_digits(args, train=False)

@@ -417,6 +417,19 @@ def test_a_convolution_steps_equally_far_in_all_directions():
     assert F.cosine_similarity(step.flatten(), (u @ vh).flatten(), dim=0) > 0.98
 
 
+def test_the_state_of_an_adamw_is_no_hindrance():
+    """A checkpoint of an earlier version goes on, with a new mean of the gradients."""
+    weight = nn.Parameter(torch.randn(16, 16, 3, 3))
+    weight.grad = torch.ones_like(weight)
+    old, new = torch.optim.AdamW([weight], 1e-3, fused=True), common.Muon([weight], 1e-3)
+    old.step()
+    new.load_state_dict(old.state_dict())
+    new.step()
+    again = common.Muon([weight], 1e-3)
+    again.load_state_dict(new.state_dict())
+    assert torch.equal(again.state[16, 16, 3, 3], new.state[16, 16, 3, 3])
+
+
 def test_small_convolutions_and_all_else_in_muon():
     """They are AdamW's; where the gradient is zero, as in front of a zero weight, nothing moves."""
     begin = [torch.randn(64, 64), torch.randn(64, 8, 3, 3), torch.randn(64)]
