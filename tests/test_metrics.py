@@ -104,6 +104,16 @@ def test_accuracy_is_the_share_that_is_read_as_it_was_asked_for():
     assert row["accuracy"] == pytest.approx(4 / 6) and row["misread"] == pytest.approx(2 / 6)
 
 
+def test_faint_pixels_are_counted_and_a_distance_is_without_them():
+    shades = [0, 1, 15, 16, 255, 240]
+    row = compare.score(Pixels(), torch.zeros(9, 2, dtype=F64), {"images": flat_images(shades)})
+    assert row["faint"] == pytest.approx(2 / 6)
+    alone = lambda *shades: compare.score(Pixels(), torch.zeros(9, 2, dtype=F64),
+                                          {"images": flat_images(shades)})["distance"]
+    assert row["cleaned"] == pytest.approx(alone(0, 0, 0, 16, 255, 240))
+    assert row["distance"] == pytest.approx(alone(*shades)) != pytest.approx(row["cleaned"])
+
+
 @pytest.fixture(scope="module")
 def digits(judge):
     """The features of 2,000 synthetic digits, and 600 others with labels."""
