@@ -103,7 +103,6 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add("--epochs", type=count, default=epochs, help="passes over the training images")
     add("--batch-size", type=count, default=batch_size, help="images in a training step")
     add("--lr", type=number(float, 1e-9), default=lr, help="peak rate; times 10 for Muon")
-    add("--ema-decay", type=number(float, 0, 1), default=0.999, help="of averaged weights")
     add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--dataset", choices=["mnist", "synthetic"], default="mnist", help="what to learn")
@@ -128,8 +127,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
     if args.resume or args.sample_only:
         shipped = Path(__file__).parent / "weights" / f"{args.script}.pt"
         state = load_checkpoint(path if args.resume or path.exists() else shipped, args.script)
-        if wrong := [k for k, v in state["args"].items() if type(v) is not type(vars(args).get(k))]:
-            sys.exit(f"{state['path']} holds options that do not fit: {wrong}")
+        if bad := [k for k, v in state["args"].items() if type(v) is not type(getattr(args, k, v))]:
+            sys.exit(f"{state['path']} holds options that do not fit: {bad}")
         parser.set_defaults(**state["args"])
     args = parser.parse_args(argv, argparse.Namespace(checkpoint=path, state=state))
     if args.batch_size > args.train_images:
@@ -154,8 +153,7 @@ def as_function(model: nn.Module, args: argparse.Namespace):
     graphs = {}
     @torch.no_grad()
     def network(*inputs: Tensor) -> Tensor:
-        shape = inputs[0].shape
-        if inputs[0].is_cuda and not args.no_graphs and shape not in graphs:
+        if (shape := inputs[0].shape) not in graphs and inputs[0].is_cuda and not args.no_graphs:
             graphs[shape] = torch.cuda.make_graphed_callables(
                 model.forward, tuple(x.clone() for x in inputs))  # model itself stays as it is
         return graphs.get(shape, model)(*inputs).clone()  # the next replay overwrites it
@@ -201,7 +199,7 @@ class Stage:
 
     def __iter__(self):
         args, total = self.args, self.epochs * self.steps
-        warm_up, self.decay = min(200, total / 10), min(args.ema_decay, 1 - 10 / max(total, 10))
+        warm_up, self.decay = min(200, total / 10), 1 - 10 / max(total, 10)
         self.slow, self.fast = ([x for x in net.state_dict().values() if x.is_floating_point()]
                                 for net in (self.ema, self.model))  # weights, BatchNorm's means
         bar = tqdm(range(total), self.name, initial=self.done * self.steps, mininterval=1)
@@ -286,7 +284,7 @@ def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
 
 def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
     """Draw, time and keep what `samplers`, pairs (made, sample(noise, rng)), make of `noise`."""
-    rows, timings, history, networks = {}, [], args.state["history"], args.state["networks"]
+    rows, history, networks = {}, args.state["history"], args.state["networks"]
     losses = {stage: [(epoch["epoch"], epoch["loss"]) for epoch in history
                       if epoch["stage"] == stage] for stage in networks}
     save_plot(args.out_dir / "loss.png", losses, title="Loss", xlabel="epoch", yscale="log")
@@ -294,16 +292,16 @@ def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
     for made, sample in samplers:
         images, seconds = time_sampler(sample, noise, args.seed)
         title = f"{made['name']}: {len(noise)} digits in {seconds:.3f} s"
-        made["file"] = re.sub("[ ,=]+", "_", made["name"])
+        made |= {"file": re.sub("[ ,=]+", "_", made["name"]), "images": len(noise)}
         save_grid(images, args.out_dir / f"samples_{made['file']}.png", title, columns=8)
         rows[f"{made['name']}\n{seconds:.3f} s"] = images[:10]
         rate = len(large) / time_sampler(sample, large, args.seed)[1]
         print(f"{title}; {rate:.1f} images/s in batches of {len(large)}")
         made |= {"seconds": seconds, "images_per_second": rate, "large_batch": len(large)}
-        timings.append(made | {"images": len(noise)})
     save_grid(torch.cat([*rows.values()]), args.out_dir / "samples.png", overview, 10, [*rows])
-    report = origin(args) | more | {"trained_on": args.state["hardware"], "samplers": timings}
-    report["training_seconds"] = sum(epoch["seconds"] for epoch in history)
+    report = origin(args) | more | {"samplers": [made for made, _ in samplers]}
+    report |= {"trained_on": args.state["hardware"],
+               "training_seconds": sum(epoch["seconds"] for epoch in history)}
     report["parameters"] = {k: sum(map(torch.numel, net.values())) for k, net in networks.items()}
     (args.out_dir / "timings.json").write_text(json.dumps(report, indent=1))
     by_default = 10_000 if noise.is_cuda and not args.sample_only else 0
@@ -311,11 +309,13 @@ def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
     rng = torch.Generator().manual_seed(args.seed + 1)  # of the CPU: the same anywhere
     noise = torch.randn(wanted, *noise.shape[1:], generator=rng).to(args.device)
     for made, sample in samplers if wanted else ():
+        slow = noise.is_cpu and made.get("network_calls", made["steps"]) > 100
+        n = min(wanted, 1000) if slow else wanted
         rng = torch.Generator(args.device).manual_seed(args.seed)
-        parts = tqdm(noise.split(1000 if noise.is_cuda else 50), f"{wanted}, {made['name']}")
+        parts = tqdm(noise[:n].split(1000 if noise.is_cuda else 50), f"{n}, {made['name']}")
         made["images"] = torch.cat([to_uint8(sample(part, rng)) for part in parts])
         if "classes" in made:  # they were asked for in turn, and fill each part
-            made["labels"] = torch.arange(wanted) % made["classes"]
+            made["labels"] = torch.arange(n) % made["classes"]
         save(args.out_dir / f"eval_{made['file']}.pt", origin(args) | made)
 
 
