@@ -7,13 +7,15 @@ An arm is a script, 01 or 04, and what is changed in it:
     adamw                 for all weights
     lr=0.001 batch=32     the rate is ten times as high for Muon
     v, x, minsnr          01 predicts v of Salimans & Ho 2022; the image; noise, weighted by SNR
-    minus, t=uniform      04 predicts its output minus x; the density of t
+    minus, x, skip        04 predicts its output minus x; the image; c_skip x + c_out F as in EDM
+    t=uniform             the density of t in 04
     net=16/64/128         channels at 28x28, 14x14, 7x7
     net=16/64/64/0        without attention at 14x14
     net=0/64/128          patches of 2x2 pixels as 4 channels at 14x14
 Appends a line to results.jsonl: the distance of 2,000 samples by DDIM-50, or by 2, 5 and 10 Euler
-steps, the loss at the end, and images in a second of the processor. The weights stay there, too,
-averaged over a fifth, a tenth (which is scored) and a thirtieth of the run. Needs MNIST in data/.
+steps, the share of faint pixels (1 to 15 of 255), the loss at the end, and images in a second of
+the processor. The weights stay there, too, averaged over a fifth, a tenth (which is scored) and a
+thirtieth of the run. Needs MNIST in data/.
 """
 
 import argparse
@@ -101,7 +103,17 @@ def main() -> None:
     net = Net(t_max, *channels) if channels else module.UNet(32, t_max)
     net = net.to(memory_format=torch.channels_last)
     density = rflow.T_DENSITIES[values.get("t", "logit-normal")]
-    model = (lambda x, t: net(x, t) - x) if "minus" in changes else net
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """04's velocity."""
+        out, t = net(x, t), t.view(-1, 1, 1, 1)
+        if "x" in changes:  # so that the last Euler step returns `out`
+            return (out - x) / (1 - t).clamp(min=0.01)
+        if "skip" in changes:  # Karras et al. 2022, Table 1, for x_t = (1-t) x_0 + t x_1
+            sigma = 0.96  # root mean square of the digits
+            power = (1 - t) ** 2 + (sigma * t) ** 2  # of x_t
+            return (t * sigma**2 - (1 - t)) / power * x + sigma / power.sqrt() * out
+        return out - x if "minus" in changes else out
 
     def noise_of(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What 01's samplers want: ε, also where the network predicts v or the image."""
@@ -169,6 +181,7 @@ def score(result: dict, samplers: dict, samples: int, folder: Path, file: str) -
         images = torch.cat([common.to_uint8(sample(x)) for x in tqdm(noise.split(50), name)])
         phi, _ = compare.features(judge, images)
         result[name] = compare.frechet_distance(real, phi)
+        result[f"{name} faint"] = ((images > 0) & (images < 16)).double().mean().item()
         common.save_grid(images[:40] / 127.5 - 1, folder / f"{file}_{name}.png",
                          f"{result['arm']}: {name}, distance {result[name]:.3g}", 10)
     with open(folder / "results.jsonl", "a") as lines:
