@@ -1,33 +1,39 @@
-"""DDPM and DDIM on MNIST: one network that predicts noise, and two ways to sample with it.
+"""DDPM and DDIM on MNIST: one network that tells image from noise, and two ways to sample.
 
 Diffusion destroys an image in T small steps: each shrinks it a little and adds a little
 Gaussian noise. Many such steps in a row are one Gaussian step, so we can draw x_t from x_0
-directly, and train a network on one random t at a time to tell which noise was added. To
+directly, and train a network on one random t at a time to tell the image from the noise. To
 sample, walk back from pure noise. DDPM takes T small random steps, each of which undoes one
 step of noise. DDIM takes a few large ones towards the image that the network expects.
 
     q(x_t | x_{t-1}) = N(√α_t x_{t-1}, β_t I),  α_t = 1 - β_t     Ho et al. 2020, Eq. 2
-    q(x_t | x_0)     = N(√ᾱ_t x_0, (1-ᾱ_t) I),  ᾱ_t = α_1 ⋯ α_t   Ho, Eq. 4
-    loss  = E ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖²                Ho, Eq. 14; in code: mean
-    x̂_0   = (x_t - √(1-ᾱ_t) ε̂) / √ᾱ_t with ε̂ = ε_θ(x_t, t)        Ho, Eq. 15
+    q(x_t | x_0)     = N(√ᾱ_t x_0, (1-ᾱ_t) I),  ᾱ_t = α_1 ⋯ α_t   Ho, Eq. 4, or:
+    x_t   = √ᾱ_t x_0 + √(1-ᾱ_t) ε,  ε ~ N(0, I)
+    v     = √ᾱ_t ε - √(1-ᾱ_t) x_0                    Salimans & Ho 2022, section 4
+    loss  = E ‖v - v_θ(x_t, t)‖²                     Ho, Eq. 14, for v; in code: mean
+    x̂_0   = √ᾱ_t x_t - √(1-ᾱ_t) v̂                    Salimans & Ho, with v̂ = v_θ(x_t, t)
+    ε̂     = √(1-ᾱ_t) x_t + √ᾱ_t v̂                    so x_t = √ᾱ_t x̂_0 + √(1-ᾱ_t) ε̂
     DDPM:  x_{t-1} = µ̃ + √β̃_t z,  z ~ N(0, I)                     Ho, Eq. 6, 7, with
            µ̃ = (√ᾱ_{t-1} β_t x̂_0 + √α_t (1-ᾱ_{t-1}) x_t) / (1-ᾱ_t),  β̃_t = β_t (1-ᾱ_{t-1}) / (1-ᾱ_t)
     DDIM:  x_r = √ᾱ_r x̂_0 + √(1-ᾱ_r) ε̂ for the next time r < t    Song et al. 2021, Eq. 12
 
     paper           code                      shape
     x_0, x_t, ε     x0, x_t, noise            (B, 1, 28, 28), x0 in [-1, 1]
-    t = 1 ... T     t = 0 ... T-1             (B,); t = -1 in the samplers is the clean image
+    t = 1 ... T     t = 0 ... T-1             (B,), one less; t = -1 is the clean image
     β_t, α_t, ᾱ_t   betas, alphas, alpha_bars (T,); Song writes α_t for ᾱ_t
-    ε̂ = ε_θ(x_t, t) eps = model(x_t, t)       (B, 1, 28, 28)
+    v̂ = v_θ(x_t, t) v = model(x_t, t)         (B, 1, 28, 28)
+
+Why v? Call √ᾱ_t cos φ and √(1-ᾱ_t) sin φ. Then x_t runs on an arc from the image (φ = 0) to
+the noise (φ = 90°), and v = dx_t / dφ is its velocity: almost ε where x_t shows the image,
+almost -x_0 where it shows the noise. Ho et al. predict ε, which gives x̂_0 by a division by
+√ᾱ_t: near pure noise, where √ᾱ_t = 0.01, it makes an error a hundred times larger.
 
     python 01_ddpm_ddim.py                              40 epochs, for a GPU
-    python 01_ddpm_ddim.py --epochs 8 --batch-size 64   an hour on two CPU cores
+    python 01_ddpm_ddim.py --epochs 6 --batch-size 64   half an hour on two CPU cores
 
-Measured: 8 epochs in 58 minutes on two cores of an AMD EPYC. Fréchet distance of 1,000 samples
-(05_compare.py; training digits score 0.155): DDIM-10 1.78, DDIM-100 0.907, DDPM 0.586, perhaps
-because its fresh noise hides errors of a network trained so briefly.
+MEASURED
 
-Left out: learned variances (Nichol & Dhariwal 2021); networks that predict x_0, not ε.
+Left out: learned variances (Nichol & Dhariwal 2021); networks that predict ε or x_0.
 """
 
 import math
@@ -117,15 +123,15 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
-    """The cosine schedule: √ᾱ_t = cos θ_t, √(1-ᾱ_t) = sin θ_t, with θ_t evenly spaced.
+    """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
 
-    Nichol & Dhariwal 2021, Eq. 17, but 0.01 short of both ends, for any T: at t = 0 there is a
-    little noise to predict, and at t = T-1 the samplers can still divide by √ᾱ = 0.01.
+    Nichol & Dhariwal 2021, Eq. 17, but 0.01 short of both ends, for any T: some noise at t = 0
+    and some signal at t = T-1, so that no sampler divides by zero.
     """
-    theta = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
-    alpha_bars = theta.cos() ** 2
+    phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
+    alpha_bars = phi.cos() ** 2
     alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1, no noise
-    signal, noise = theta.cos().float(), theta.sin().float()
+    signal, noise = phi.cos().float(), phi.sin().float()
     return Schedule(1 - alphas, alphas, alpha_bars, signal.to(device), noise.to(device))
 
 
@@ -137,7 +143,7 @@ def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor
 
 
 def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rng=None) -> Tensor:
-    """Ho et al. 2020, Algorithm 1 and Eq. 14: the mean squared error of the predicted noise.
+    """Ho et al. 2020, Algorithm 1, but for v: the mean squared error of the prediction.
 
     x0: (B, ...); t (B,) and noise (B, ...) are drawn from `rng` if they are not given.
     """
@@ -145,7 +151,8 @@ def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rn
         t = torch.randint(len(schedule.betas), (len(x0),), generator=rng, device=x0.device)
     if noise is None:
         noise = torch.randn(x0.shape, generator=rng, device=x0.device)
-    return F.mse_loss(model(q_sample(schedule, x0, t, noise), t), noise)
+    v = q_sample(schedule, noise, t, -x0)  # √ᾱ_t ε - √(1-ᾱ_t) x_0
+    return F.mse_loss(model(q_sample(schedule, x0, t, noise), t), v)
 
 
 def posterior(schedule: Schedule, t: int, x_t: Tensor, x0: Tensor) -> tuple[Tensor, float]:
@@ -157,16 +164,14 @@ def posterior(schedule: Schedule, t: int, x_t: Tensor, x0: Tensor) -> tuple[Tens
 
 
 @torch.no_grad()
-def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None, clamp=True) -> Tensor:
-    """Ho et al. 2020, Algorithm 2 with σ_t² = β̃_t, written with x̂_0 in order to clamp it: T
-    random steps from noise x_T (B, ...) to an image."""
+def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None) -> Tensor:
+    """Ho et al. 2020, Algorithm 2 with σ_t² = β̃_t: T random steps from noise x_T (B, ...) to an
+    image. Each draws x_{t-1} from q(x_{t-1} | x_t, x_0), with x̂_0 for x_0."""
     x, timesteps = x_T, len(schedule.betas)
     for t in tqdm(range(timesteps)[::-1], "DDPM", leave=False, delay=2):
         ab = float(schedule.alpha_bars[t])
-        eps = model(x, torch.full((len(x),), t, device=x.device))
-        x0_hat = (x - (1 - ab) ** 0.5 * eps) / ab**0.5
-        if clamp:  # for the division by √ᾱ, 0.01 at T-1, makes its error large
-            x0_hat = x0_hat.clamp(-1, 1)
+        v = model(x, torch.full((len(x),), t, device=x.device))
+        x0_hat = ab**0.5 * x - (1 - ab) ** 0.5 * v
         x, variance = posterior(schedule, t, x, x0_hat)
         if t > 0:  # the last step adds no noise
             x = x + variance**0.5 * torch.randn(x.shape, generator=rng, device=x.device)
@@ -183,7 +188,7 @@ def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def ddim_sample(
-    model, schedule: Schedule, x_T: Tensor, steps: int, eta=0.0, rng=None, clamp=True, trace=None
+    model, schedule: Schedule, x_T: Tensor, steps: int, eta=0.0, rng=None, trace=None
 ) -> Tensor:
     """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to an image.
 
@@ -194,11 +199,9 @@ def ddim_sample(
     pairs = ddim_pairs(len(schedule.betas), steps)
     for t, t_next in tqdm(pairs, "DDIM", leave=False, delay=2):
         ab, ab_next = alpha_bars[t], alpha_bars[t_next]
-        eps = model(x, torch.full((len(x),), t, device=x.device))
-        x0_hat = (x - (1 - ab) ** 0.5 * eps) / ab**0.5
-        if clamp:  # and derive ε̂ again, so that still x_t = √ᾱ x̂_0 + √(1-ᾱ) ε̂
-            x0_hat = x0_hat.clamp(-1, 1)
-            eps = (x - ab**0.5 * x0_hat) / (1 - ab) ** 0.5
+        v = model(x, torch.full((len(x),), t, device=x.device))
+        x0_hat = ab**0.5 * x - (1 - ab) ** 0.5 * v
+        eps = (1 - ab) ** 0.5 * x + ab**0.5 * v
         if trace:
             trace(t, x, x0_hat)
         sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)) ** 0.5  # Eq. 16

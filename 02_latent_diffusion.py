@@ -10,12 +10,12 @@ training images. To sample, denoise a latent, and decode it once.
     q(z|x)   = N(µ, diag v),  z = µ + √v e,  e ~ N(0, I)    Kingma & Welling 2014, Eq. 9
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         -Eq. 10; w is β in Higgins 2017
     x_0      = (z - mean) / std for each of the 64 numbers  cf. Rombach et al. 2022
-    x_t, the loss and the samplers as in 01, but nothing is clamped
+    x_t, v, the loss and the samplers as in 01
 
     paper           code                      shape
     x               x                         (B, 1, 28, 28) in [-1, 1]
     µ, log v, z     mu, logvar, z             (B, 64); v is σ² in the paper
-    x_0, x_t, ε     x0, x_t, noise            (B, 1, 8, 8)
+    x_0, x_t, ε, v  x0, x_t, noise, v         (B, 1, 8, 8)
     t = 1 ... T     t = 0 ... T-1             (B,); t = -1 in the samplers is the clean latent
 
 Why 1x8x8? Because the U-Net of 01 then fits, and the report that we reproduce does it. The
@@ -188,15 +188,15 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
-    """The cosine schedule: √ᾱ_t = cos θ_t, √(1-ᾱ_t) = sin θ_t, with θ_t evenly spaced.
+    """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
 
-    Nichol & Dhariwal 2021, Eq. 17, but 0.01 short of both ends, for any T: at t = 0 there is a
-    little noise to predict, and at t = T-1 the samplers can still divide by √ᾱ = 0.01.
+    Nichol & Dhariwal 2021, Eq. 17, but 0.01 short of both ends, for any T: some noise at t = 0
+    and some signal at t = T-1, so that no sampler divides by zero.
     """
-    theta = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
-    alpha_bars = theta.cos() ** 2
+    phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
+    alpha_bars = phi.cos() ** 2
     alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1, no noise
-    signal, noise = theta.cos().float(), theta.sin().float()
+    signal, noise = phi.cos().float(), phi.sin().float()
     return Schedule(1 - alphas, alphas, alpha_bars, signal.to(device), noise.to(device))
 
 
@@ -208,7 +208,7 @@ def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor
 
 
 def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rng=None) -> Tensor:
-    """Ho et al. 2020, Algorithm 1 and Eq. 14: the mean squared error of the predicted noise.
+    """Ho et al. 2020, Algorithm 1, but for v: the mean squared error of the prediction.
 
     x0: (B, ...); t (B,) and noise (B, ...) are drawn from `rng` if they are not given.
     """
@@ -216,7 +216,8 @@ def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rn
         t = torch.randint(len(schedule.betas), (len(x0),), generator=rng, device=x0.device)
     if noise is None:
         noise = torch.randn(x0.shape, generator=rng, device=x0.device)
-    return F.mse_loss(model(q_sample(schedule, x0, t, noise), t), noise)
+    v = q_sample(schedule, noise, t, -x0)  # √ᾱ_t ε - √(1-ᾱ_t) x_0
+    return F.mse_loss(model(q_sample(schedule, x0, t, noise), t), v)
 
 
 def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
@@ -240,8 +241,9 @@ def ddim_sample(
     pairs = ddim_pairs(len(schedule.betas), steps)
     for t, t_next in tqdm(pairs, "DDIM", leave=False, delay=2):
         ab, ab_next = alpha_bars[t], alpha_bars[t_next]
-        eps = model(x, torch.full((len(x),), t, device=x.device))
-        x0_hat = (x - (1 - ab) ** 0.5 * eps) / ab**0.5
+        v = model(x, torch.full((len(x),), t, device=x.device))
+        x0_hat = ab**0.5 * x - (1 - ab) ** 0.5 * v
+        eps = (1 - ab) ** 0.5 * x + ab**0.5 * v
         if trace:
             trace(t, x, x0_hat)
         sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)) ** 0.5  # Eq. 16

@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,17 +30,16 @@ def networks(script):
 def main() -> None:
     rng = torch.Generator().manual_seed(0)
     args, models = networks(ddpm)
-    x = common.load_digits(args, train=False)[0][:500].cpu()
-    schedule = ddpm.make_schedule(args.timesteps)
+    x = common.load_digits(args, train=False)[0][:500]
+    schedule = ddpm.make_schedule(args.timesteps, args.device)
     points = []
     for low, high in pairwise(torch.linspace(0, args.timesteps, 11).int().tolist()):
-        t, noise = torch.randint(low, high, (len(x),), generator=rng), torch.randn(x.shape)
-        x_t = ddpm.q_sample(schedule, x, t, noise).to(args.device)
-        eps = models["diffusion"](x_t, t.to(args.device)).cpu()
-        points.append(((low + high) / 2, F.mse_loss(eps, noise).item()))
+        t = torch.randint(low, high, (len(x),), generator=rng).to(args.device)
+        loss = ddpm.diffusion_loss(models["diffusion"], schedule, x, t)
+        points.append(((low + high) / 2, loss.item()))
     common.save_plot(Path("runs/loss_by_t/01_loss_by_t.png"), {"test digits": points},
-                     title="DDPM: faint noise is the hardest to predict", yscale="log",
-                     xlabel="timestep t (0 is clean)", ylabel="squared error of the noise")
+                     title="Diffusion: which t is hard for v?", yscale="log",
+                     xlabel="timestep t (0 is clean)", ylabel="squared error of v")
 
     args, models = networks(rflow)
     pairs = rflow.make_pairs(models["flow"], len(x), 10, rng, args.device)

@@ -6,7 +6,7 @@
 An arm is a script, 01 or 04, and what is changed in it:
     adamw                 for all weights
     lr=0.001 batch=32     the rate is ten times as high for Muon
-    v, x, minsnr          01 predicts v of Salimans & Ho 2022; the image; noise, weighted by SNR
+    eps, x, minsnr        01 predicts the noise; the image; the noise, weighted by SNR
     minus, x, skip        04 predicts its output minus x; the image; c_skip x + c_out F as in EDM
     t=uniform             the density of t in 04
     net=16/64/128         channels at 28x28, 14x14, 7x7
@@ -115,13 +115,16 @@ def main() -> None:
             return (t * sigma**2 - (1 - t)) / power * x + sigma / power.sqrt() * out
         return out - x if "minus" in changes else out
 
-    def noise_of(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What 01's samplers want: ε, also where the network predicts v or the image."""
+    def v_of(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What 01's samplers want: v, also where the network predicts the noise or the image."""
         cos, sin = (table[t].view(-1, 1, 1, 1) for table in schedule[3:])
         out = net(x_t, t)
-        if "v" in changes:
-            return sin * x_t + cos * out
-        return (x_t - cos * out) / sin if "x" in changes else out
+        if "x" in changes:
+            return (cos * x_t - out) / sin
+        if "eps" in changes or "minsnr" in changes:
+            x0_hat = ((x_t - sin * out) / cos).clamp(-1, 1)  # as 01 did while it predicted ε
+            return (cos * x_t - x0_hat) / sin
+        return out
 
     def loss_of(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         if script == "04":
@@ -131,7 +134,11 @@ def main() -> None:
         t = torch.randint(1000, (len(x),), generator=rng)
         noise = torch.randn(x.shape, generator=rng)
         cos, sin = (table[t].view(-1, 1, 1, 1) for table in schedule[3:])
-        target = cos * noise - sin * x if "v" in changes else x if "x" in changes else noise
+        target = cos * noise - sin * x
+        if "x" in changes:
+            target = x
+        elif "eps" in changes or "minsnr" in changes:
+            target = noise
         error = (net(cos * x + sin * noise, t) - target).square()
         if "minsnr" in changes:  # Hang et al. 2023, γ = 5
             error = error * (5 * (sin / cos) ** 2).clamp(max=1)
@@ -162,8 +169,7 @@ def main() -> None:
     result = {"arm": mine.arm, "seed": mine.seed, "images": steps * batch, "loss":
               sum(losses[-500:]) / len(losses[-500:]), "images_per_second": steps * batch / seconds}
     if script == "01":
-        eps = torch.no_grad()(noise_of)
-        samplers = {"DDIM-50": lambda x: ddpm.ddim_sample(eps, schedule, x, 50)}
+        samplers = {"DDIM-50": lambda x: ddpm.ddim_sample(v_of, schedule, x, 50)}
     else:
         samplers = {f"Euler-{n}": lambda x, n=n: rflow.euler_sample(model, x, n)
                     for n in (2, 5, 10)}

@@ -146,7 +146,7 @@ def test_the_measurements_in_bench(cuda, bench, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("arm", "samplers"), [
-    ("01+v+net=8/8/16/0", ["DDIM-50"]), ("04+adamw+minus+net=0/8/8+t=uniform",
+    ("01+eps+net=8/8/16/0", ["DDIM-50"]), ("04+adamw+minus+net=0/8/8+t=uniform",
                                          ["Euler-2", "Euler-5", "Euler-10"]),
     ("04+skip+net=8/8/8/0", ["Euler-2", "Euler-5", "Euler-10"])])
 def test_an_arm_of_the_recipes_leaves_its_distances(arm, samplers, bench, tmp_path, monkeypatch):

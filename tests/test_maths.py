@@ -27,9 +27,9 @@ def seeded(seed: int) -> torch.Generator:
 
 @pytest.mark.parametrize(("modules", "names"), [
     ([ddpm, latent, flow, latent_flow], ["UNet"]),
-    ([ddpm, latent, cfg], ["Schedule", "make_schedule", "q_sample", "ddim_pairs"]),
+    ([ddpm, latent, cfg], ["Schedule", "make_schedule", "q_sample", "ddim_pairs", "ddim_sample"]),
     ([ddpm, latent], ["diffusion_loss"]),
-    ([ddpm, cfg], ["ddim_sample", "draw_path"]),
+    ([ddpm, cfg], ["draw_path"]),
     ([latent, latent_flow], ["VAE", "conv_block", "encode_all"]),
     ([flow, latent_flow], ["flow_loss", "even_times", "euler_sample", "heun_solve",
                            "straightness", "load_pairs"]),
@@ -65,22 +65,24 @@ def test_the_network_of_03_is_that_of_01_and_the_labels():
 # ------------------------------------------------------------------------------- diffusion
 
 
-def exact_eps(schedule, x0):
-    """The network that knows x0: ε = (x_t - √ᾱ_t x0) / √(1-ᾱ_t)."""
+def exact_v(schedule, x0):
+    """The network that knows x0, so that ε = (x_t - √ᾱ x0) / √(1-ᾱ) and v = √ᾱ ε - √(1-ᾱ) x0."""
 
     def model(x, t):
         ab = schedule.alpha_bars[t].view(-1, 1, 1, 1)
-        return (x - ab.sqrt() * x0) / (1 - ab).sqrt()
+        noise = (x - ab.sqrt() * x0) / (1 - ab).sqrt()
+        return ab.sqrt() * noise - (1 - ab).sqrt() * x0
 
     return model
 
 
-def gaussian_eps(schedule, s):
-    """The ideal network for data N(0, s²): E[ε | x_t] = √(1-ᾱ) x_t / (ᾱ s² + 1-ᾱ)."""
+def gaussian_v(schedule, s):
+    """The ideal network for data N(0, s²): √ᾱ E[ε | x_t] - √(1-ᾱ) E[x0 | x_t], with
+    E[ε | x_t] = √(1-ᾱ) x_t / (ᾱ s² + 1-ᾱ) and E[x0 | x_t] = √ᾱ s² x_t / (ᾱ s² + 1-ᾱ)."""
 
     def model(x, t):
         ab = schedule.alpha_bars[t].view(-1, 1, 1, 1)
-        return (1 - ab).sqrt() * x / (ab * s**2 + 1 - ab)
+        return (ab * (1 - ab)).sqrt() * (1 - s**2) * x / (ab * s**2 + 1 - ab)
 
     return model
 
@@ -145,18 +147,17 @@ def test_ddim_pairs_refuse_more_steps_than_timesteps(steps):
         ddpm.ddim_pairs(50, steps)
 
 
-@pytest.mark.parametrize("clamp", [True, False])
 @pytest.mark.parametrize("steps", [1, 7, 50, None])
-def test_with_the_exact_noise_samplers_return_the_image(steps, clamp):
+def test_with_the_exact_v_samplers_return_the_image(steps):
     """By DDIM, and by DDPM (None): no noise may be added in its last step."""
     schedule = ddpm.make_schedule(1000)
     x0 = torch.rand(3, 1, 28, 28, dtype=F64, generator=seeded(0)) * 2 - 1
     x_T = torch.randn(x0.shape, dtype=F64, generator=seeded(1))
-    model = exact_eps(schedule, x0)
+    model = exact_v(schedule, x0)
     if steps:
-        sample = ddpm.ddim_sample(model, schedule, x_T, steps, clamp=clamp)
+        sample = ddpm.ddim_sample(model, schedule, x_T, steps)
     else:
-        sample = ddpm.ddpm_sample(model, schedule, x_T, seeded(2), clamp=clamp)
+        sample = ddpm.ddpm_sample(model, schedule, x_T, seeded(2))
     assert torch.allclose(sample, x0, atol=1e-6)
 
 
@@ -165,12 +166,12 @@ def test_samplers_give_the_variance_of_gaussian_data(sampler):
     """With the ideal network for N(0, 0.5²) the samples are N(0, 0.5²): no step may go astray."""
     schedule, rng = ddpm.make_schedule(1000), seeded(0)
     x_T = torch.randn(20, 1, 28, 28, generator=rng, dtype=F64)
-    model = gaussian_eps(schedule, 0.5)
+    model = gaussian_v(schedule, 0.5)
     if sampler == "ddim":  # x_t / √(ᾱ_t s² + 1-ᾱ_t) is constant on the paths of this flow
-        x = ddpm.ddim_sample(model, schedule, x_T, 1000, clamp=False)
+        x = ddpm.ddim_sample(model, schedule, x_T, 1000)
         assert torch.allclose(x / x_T, torch.tensor(0.5, dtype=F64), rtol=0.01)
     else:
-        x = ddpm.ddpm_sample(model, schedule, x_T, rng, clamp=False)
+        x = ddpm.ddpm_sample(model, schedule, x_T, rng)
         assert abs((x * x_T).mean()) < 0.02  # the noise of a thousand steps hides the start
     assert x.std().item() == pytest.approx(0.5, rel=0.02)
 
@@ -180,59 +181,61 @@ def test_one_step_of_ddim_with_noise_by_hand():
     schedule, x_T = ddpm.make_schedule(50), torch.tensor([[[[1.2]]]], dtype=F64)
     seen = []
     ddpm.ddim_sample(lambda x, t: torch.full_like(x, 0.3), schedule, x_T, 2, eta=0.7,
-                     rng=seeded(5), clamp=False, trace=lambda *step: seen.append(step))
+                     rng=seeded(5), trace=lambda *step: seen.append(step))
     (t, _, x0_hat), (t_next, x_next, _) = seen
     assert t == 49 and t_next == 24
     ab, ab_next = (math.cos(0.01 + t / 49 * (math.pi / 2 - 0.02)) ** 2 for t in (49, 24))
-    expected_x0 = (1.2 - (1 - ab) ** 0.5 * 0.3) / ab**0.5
+    expected_x0 = ab**0.5 * 1.2 - (1 - ab) ** 0.5 * 0.3
+    eps = (1 - ab) ** 0.5 * 1.2 + ab**0.5 * 0.3
+    assert ab**0.5 * expected_x0 + (1 - ab) ** 0.5 * eps == pytest.approx(1.2)  # = x_t
     sigma = 0.7 * ((1 - ab_next) / (1 - ab)) ** 0.5 * (1 - ab / ab_next) ** 0.5
     noise = torch.randn(1, 1, 1, 1, generator=seeded(5)).item()
-    expected = ab_next**0.5 * expected_x0 + (1 - ab_next - sigma**2) ** 0.5 * 0.3 + sigma * noise
+    expected = ab_next**0.5 * expected_x0 + (1 - ab_next - sigma**2) ** 0.5 * eps + sigma * noise
     assert x0_hat.item() == pytest.approx(expected_x0)
     assert x_next.item() == pytest.approx(expected)
 
 
 def test_ddim_with_eta_1_and_all_steps_is_ddpm():
-    schedule, model = ddpm.make_schedule(60), gaussian_eps(ddpm.make_schedule(60), 0.5)
+    schedule, model = ddpm.make_schedule(60), gaussian_v(ddpm.make_schedule(60), 0.5)
     x_T = torch.randn(4, 1, 28, 28, dtype=F64)
     one = ddpm.ddpm_sample(model, schedule, x_T, seeded(1))
     two = ddpm.ddim_sample(model, schedule, x_T, 60, eta=1.0, rng=seeded(1))
     assert torch.allclose(one, two, atol=1e-9)
 
 
-def test_clamping_derives_the_noise_anew():
-    """A network whose x̂_0 is always 3 must land on 1 and keep x_t = √ᾱ x̂_0 + √(1-ᾱ) ε̂."""
-    schedule = ddpm.make_schedule(1000)
-    model = exact_eps(schedule, torch.full((1, 1, 1, 1), 3.0, dtype=F64))
-    x_T, seen = torch.zeros(1, 1, 1, 1, dtype=F64), []
-    x = ddpm.ddim_sample(model, schedule, x_T, 2, trace=lambda *step: seen.append(step))
-    assert x.item() == pytest.approx(1)
-    (t, x_t, x0_hat), (t_next, x_next, _) = seen
-    assert x0_hat.item() == 1
-    ab, ab_next = schedule.alpha_bars[t], schedule.alpha_bars[t_next]
-    eps = (x_t - ab.sqrt() * x0_hat) / (1 - ab).sqrt()
-    expected = ab_next.sqrt() * x0_hat + (1 - ab_next).sqrt() * eps
-    assert x_next.item() == pytest.approx(expected.item())
-
-
 @pytest.mark.parametrize("sample", [
     ddpm.ddpm_sample, partial(ddpm.ddim_sample, steps=5, eta=0.5), latent.ddpm_sample])
 def test_samples_follow_the_seed_and_stay_in_float32(sample):
     schedule, x_T = ddpm.make_schedule(20), torch.randn(2, 1, 28, 28)
-    model = gaussian_eps(schedule, 0.5)
+    model = gaussian_v(schedule, 0.5)
     network = lambda x, t: model(x, t).float()
     one, same, other = (sample(network, schedule, x_T, rng=seeded(seed)) for seed in (3, 3, 4))
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert one.dtype == torch.float32
 
 
-def test_the_loss_is_the_error_of_the_noise():
+def test_v_is_the_velocity_on_the_arc():
+    """dx_t / dφ for √ᾱ_t = cos φ, by central differences, where the loss asks for it."""
+    schedule, x0 = ddpm.make_schedule(100), torch.rand(6, 1, 4, 4, dtype=F64) * 2 - 1
+    noise, t = torch.randn(x0.shape, dtype=F64), torch.tensor([0, 1, 20, 50, 98, 99])
+    phi = (0.01 + t / 99 * (math.pi / 2 - 0.02)).double().view(-1, 1, 1, 1)
+    on_arc = lambda phi: phi.cos() * x0 + phi.sin() * noise
+    v = (on_arc(phi + 1e-5) - on_arc(phi - 1e-5)) / 2e-5
+    seen = []
+    loss = ddpm.diffusion_loss(lambda x, t: seen.append(x) or v, schedule, x0, t=t, noise=noise)
+    assert loss < 1e-9
+    assert torch.allclose(seen[0], on_arc(phi), atol=1e-6)
+
+
+def test_the_loss_is_the_error_of_v():
     schedule, x0 = ddpm.make_schedule(100), torch.rand(8, 1, 28, 28) * 2 - 1
-    exact = exact_eps(schedule, x0.double())
+    exact = exact_v(schedule, x0.double())
     assert ddpm.diffusion_loss(exact, schedule, x0, rng=seeded(0)).item() < 1e-6
     noise = torch.full_like(x0, 2.0)
-    zero = ddpm.diffusion_loss(lambda x, t: torch.zeros_like(x), schedule, x0, noise=noise)
-    assert zero.item() == pytest.approx(4)
+    loss = lambda t: ddpm.diffusion_loss(
+        lambda x, t: torch.zeros_like(x), schedule, x0, torch.full((8,), t), noise).item()
+    assert loss(0) == pytest.approx(4, rel=0.03)  # v is almost the noise ...
+    assert loss(99) == pytest.approx(x0.square().mean().item(), rel=0.15)  # ... or minus the image
     seen, rng = [], seeded(0)
     for _ in range(200):
         ddpm.diffusion_loss(lambda x, t: seen.append((x, t)) or x, schedule, x0, rng=rng)
@@ -316,22 +319,18 @@ def test_all_images_are_encoded_in_order():
         assert torch.allclose(logvar[i], one[1], atol=1e-5)
 
 
-def test_latent_samplers_are_those_of_01_without_clamping():
-    schedule, model = ddpm.make_schedule(60), gaussian_eps(ddpm.make_schedule(60), 1.7)
+def test_the_ddpm_of_02_is_that_of_01():
+    schedule, model = ddpm.make_schedule(60), gaussian_v(ddpm.make_schedule(60), 1.7)
     x_T = torch.randn(4, 1, 8, 8, dtype=F64)
-    one = ddpm.ddpm_sample(model, schedule, x_T, seeded(1), clamp=False)
+    one = ddpm.ddpm_sample(model, schedule, x_T, seeded(1))
     assert torch.allclose(one, latent.ddpm_sample(model, schedule, x_T, seeded(1)), atol=1e-9)
-    one = ddpm.ddim_sample(model, schedule, x_T, 7, eta=0.5, rng=seeded(1), clamp=False)
-    two = latent.ddim_sample(model, schedule, x_T, 7, eta=0.5, rng=seeded(1))
-    assert torch.allclose(one, two, atol=1e-9)
-    assert two.abs().max() > 1  # here clamping would have mattered
 
 
 # ---------------------------------------------------------------------------- the guidance
 
 
 def spy_on_labels(seen: list):
-    """A network whose noise is x + 10 t + the label; it keeps the labels of each call."""
+    """A network whose v is x + 10 t + the label; it keeps the labels of each call."""
 
     def model(x, t, labels):
         seen.append(labels)
@@ -348,9 +347,9 @@ def spy_on_labels(seen: list):
 def test_guidance_by_hand(scale, shift):
     seen, labels = [], torch.tensor([3, 0, 9])
     x, t = torch.randn(3, 1, 2, 2), torch.tensor([5, 7, 7])
-    eps = cfg.guided(spy_on_labels(seen), labels, scale)(x, t)
+    v = cfg.guided(spy_on_labels(seen), labels, scale)(x, t)
     expected = x + (torch.tensor([50, 70, 70]) + torch.tensor(shift)).view(-1, 1, 1, 1)
-    assert torch.allclose(eps, expected, atol=1e-5)
+    assert torch.allclose(v, expected, atol=1e-5)
     assert len(seen) == 1  # one call, on a doubled batch where both answers are needed
     assert len(seen[0]) == (3 if scale in (0, 1) else 6)
 
@@ -406,11 +405,11 @@ def test_the_class_enters_by_each_path_alone(path):
     with torch.no_grad():
         other = model.label_tokens if path == "label_channels" else model.label_channels
         other.weight.zero_()
-        eps = model(x, torch.full((11,), 500), torch.arange(11)).flatten(1)
-        assert torch.pdist(eps).min() > 1e-2  # ten classes and the null class: all different
+        v = model(x, torch.full((11,), 500), torch.arange(11)).flatten(1)
+        assert torch.pdist(v).min() > 1e-2  # ten classes and the null class: all different
         getattr(model, path).weight.zero_()
-        eps = model(x, torch.full((11,), 500), torch.arange(11)).flatten(1)
-        assert torch.pdist(eps).max() < 1e-4  # and by no other
+        v = model(x, torch.full((11,), 500), torch.arange(11)).flatten(1)
+        assert torch.pdist(v).max() < 1e-4  # and by no other
 
 
 def test_one_token_would_make_the_attention_blind():
@@ -429,7 +428,7 @@ def test_one_token_would_make_the_attention_blind():
 
 
 def test_the_ddpm_of_03_is_that_of_01_and_takes_fewer_steps():
-    schedule, model = ddpm.make_schedule(60), gaussian_eps(ddpm.make_schedule(60), 0.5)
+    schedule, model = ddpm.make_schedule(60), gaussian_v(ddpm.make_schedule(60), 0.5)
     x_T = torch.randn(4, 1, 8, 8, dtype=F64)
     one = ddpm.ddpm_sample(model, schedule, x_T, seeded(1))
     assert torch.allclose(one, cfg.ddpm_sample(model, schedule, x_T, seeded(1)), atol=1e-9)

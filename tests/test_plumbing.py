@@ -977,7 +977,7 @@ def test_300_steps_on_mnist_learn(tmp_path):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-50:]) / 50 < 0.09  # 0.066 and 0.067 with two seeds; 0.17 without the skips
+    assert sum(losses[-50:]) / 50 < 0.2  # 0.16 and 0.15 with two seeds; 0.42 without the skips
 
 
 @pytest.mark.parametrize("module", [flow, latent_flow])
