@@ -8,7 +8,7 @@ An arm is a script, 01 or 04, and what is changed in it:
     lr=0.001 batch=32     the rate is ten times as high for Muon
     eps, x, minsnr        01 predicts the noise; the image; the noise, weighted by SNR
     minus, x, skip        04 predicts its output minus x; the image; c_skip x + c_out F as in EDM
-    t=uniform             the density of t in 04
+    t=uniform             the density of t, which is logit-normal in 04, uniform in 01
     net=16/64/128         channels at 28x28, 14x14, 7x7
     net=16/64/64/0        without attention at 14x14
     net=0/64/128          patches of 2x2 pixels as 4 channels at 14x14
@@ -102,7 +102,7 @@ def main() -> None:
     channels = [int(c) for c in values["net"].split("/")] if "net" in values else []
     net = Net(t_max, *channels) if channels else module.UNet(32, t_max)
     net = net.to(memory_format=torch.channels_last)
-    density = rflow.T_DENSITIES[values.get("t", "logit-normal")]
+    density = rflow.T_DENSITIES[values.get("t", "uniform" if script == "01" else "logit-normal")]
 
     def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """04's velocity."""
@@ -131,7 +131,7 @@ def main() -> None:
             x0 = torch.randn(x.shape, generator=rng)
             t = density(torch.rand(len(x), generator=rng))
             return rflow.flow_loss(model, x0, x, t)
-        t = torch.randint(1000, (len(x),), generator=rng)
+        t = (density(torch.rand(len(x), generator=rng)) * 1000).long()
         noise = torch.randn(x.shape, generator=rng)
         cos, sin = (table[t].view(-1, 1, 1, 1) for table in schedule[3:])
         target = cos * noise - sin * x
