@@ -190,8 +190,8 @@ class Schedule(NamedTuple):
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
 
-    Nichol & Dhariwal 2021, Eq. 17, but 0.01 short of both ends, for any T: some noise at t = 0
-    and some signal at t = T-1, so that no sampler divides by zero.
+    Nichol & Dhariwal 2021, Eq. 17, but 0.01 short of both ends, for any T: some noise at
+    t = 0, for the samplers divide by √(1-ᾱ_t), and as much signal at t = T-1.
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2
@@ -216,7 +216,7 @@ def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rn
         t = torch.randint(len(schedule.betas), (len(x0),), generator=rng, device=x0.device)
     if noise is None:
         noise = torch.randn(x0.shape, generator=rng, device=x0.device)
-    v = q_sample(schedule, noise, t, -x0)  # √ᾱ_t ε - √(1-ᾱ_t) x_0
+    v = q_sample(schedule, noise, t, -x0)  # as x_t, but of ε and -x_0: √ᾱ_t ε - √(1-ᾱ_t) x_0
     return F.mse_loss(model(q_sample(schedule, x0, t, noise), t), v)
 
 
@@ -234,7 +234,8 @@ def ddim_sample(
 ) -> Tensor:
     """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to a latent.
 
-    eta = 0 is deterministic; eta = 1 adds the noise of Eq. 16 and is DDPM if steps = T.
+    eta = 0 draws no noise. eta up to 1 replaces a part of ε̂ by fresh noise (Eq. 16); eta = 1
+    is DDPM if steps = T.
     `trace(t, x_t, x0_hat)`, if given, sees every step.
     """
     x, alpha_bars = x_T, [*schedule.alpha_bars.tolist(), 1.0]  # so index -1 has no noise
