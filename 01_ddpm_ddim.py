@@ -132,7 +132,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     t = 0, for the samplers divide by √(1-ᾱ_t), and as much signal at t = T-1.
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
-    alpha_bars = phi.cos() ** 2
+    alpha_bars = phi.cos() ** 2  # first ᾱ_t; α_t and β_t follow from it
     alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1, no noise
     signal, noise = phi.cos().float(), phi.sin().float()
     return Schedule(1 - alphas, alphas, alpha_bars, signal.to(device), noise.to(device))
@@ -141,7 +141,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, ...); t: (B,) in 0 ... T-1."""
     shape = (-1, *[1] * (x0.dim() - 1))
-    signal, sigma = (table[t].view(shape) for table in schedule[3:])
+    signal, sigma = schedule.signal_scale[t].view(shape), schedule.noise_scale[t].view(shape)
     return signal * x0 + sigma * noise
 
 
@@ -160,7 +160,8 @@ def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rn
 
 def posterior(schedule: Schedule, t: int, x_t: Tensor, x0: Tensor) -> tuple[Tensor, float]:
     """Mean µ̃ and variance β̃_t of q(x_{t-1} | x_t, x_0), Ho et al. 2020, Eq. 6 and 7."""
-    beta, alpha, ab = (float(table[t]) for table in schedule[:3])
+    beta, alpha = float(schedule.betas[t]), float(schedule.alphas[t])
+    ab = float(schedule.alpha_bars[t])
     ab_prev = float(schedule.alpha_bars[t - 1]) if t > 0 else 1.0  # ᾱ_{-1} = 1, the image
     mean = (ab_prev**0.5 * beta * x0 + alpha**0.5 * (1 - ab_prev) * x_t) / (1 - ab)
     return mean, beta * (1 - ab_prev) / (1 - ab)

@@ -194,7 +194,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     t = 0, for the samplers divide by √(1-ᾱ_t), and as much signal at t = T-1.
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
-    alpha_bars = phi.cos() ** 2
+    alpha_bars = phi.cos() ** 2  # first ᾱ_t; α_t and β_t follow from it
     alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1, no noise
     signal, noise = phi.cos().float(), phi.sin().float()
     return Schedule(1 - alphas, alphas, alpha_bars, signal.to(device), noise.to(device))
@@ -203,7 +203,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, ...); t: (B,) in 0 ... T-1."""
     shape = (-1, *[1] * (x0.dim() - 1))
-    signal, sigma = (table[t].view(shape) for table in schedule[3:])
+    signal, sigma = schedule.signal_scale[t].view(shape), schedule.noise_scale[t].view(shape)
     return signal * x0 + sigma * noise
 
 
