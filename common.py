@@ -122,8 +122,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
     if parser.parse_args(argv).fast_dev:
         parser.set_defaults(**tiny, out_dir=f"runs/fast_dev/{parser.prog[:-3]}")
     args = parser.parse_args(argv)
-    path = args.out_dir / "checkpoint.pt"
-    state = {"history": [], "networks": {}, "training": {}}
+    path, state = args.out_dir / "checkpoint.pt", {"history": [], "networks": {}, "training": {}}
     if args.resume or args.sample_only:
         shipped = Path(__file__).parent / "weights" / f"{args.script}.pt"
         state = load_checkpoint(path if args.resume or path.exists() else shipped, args.script)
@@ -134,6 +133,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
     if args.batch_size > args.train_images:
         parser.error(f"--batch-size {args.batch_size}: only {args.train_images} images")
     print(f"{args.script} on {args.device}, weights: {state.get('path', 'new')}")
+    torch.set_flush_denormal(True)  # a CPU computes with numbers below 1e-38 many times slower
     with one_line_error(f"--out-dir {args.out_dir} cannot be made"):
         args.out_dir.mkdir(parents=True, exist_ok=True)
     return args

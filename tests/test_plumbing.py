@@ -769,6 +769,15 @@ def test_a_machine_without_cpuinfo_has_a_name_too(fast_dev, monkeypatch):
     assert "cores" in common.origin(args)["hardware"]
 
 
+def test_numbers_that_slow_down_a_cpu_become_zero(fast_dev):
+    """Those below 1e-38, denormal ones."""
+    if torch.set_flush_denormal(False):  # false where the CPU cannot do it
+        x = torch.tensor([1e-30])
+        assert (x * 1e-10).item() > 0
+        fast_dev(ddpm)
+        assert (x * 1e-10).item() == 0
+
+
 # -------------------------------------------------------------------------------- the times
 
 
