@@ -178,7 +178,7 @@ class Muon(torch.optim.AdamW):
                 q = 3.4445 * eye + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 p, gram = q @ p, q @ gram @ q
             for w, step in zip(weights, 10 * group["lr"] * p @ m):
-                w -= step.view_as(w)
+                w.mul_(1 - group["lr"]).sub_(step.view_as(w))  # weight decay of 0.1
                 w.grad = None  # so AdamW leaves it alone
         super().step()
 

@@ -392,15 +392,15 @@ def test_convolutions_take_the_steps_of_torchs_muon(shape):
     after, grads = muon(*begin)
     for i, weight in enumerate(begin):
         matrix = nn.Parameter(weight.flatten(1).clone())
-        optimizer = torch.optim.Muon([matrix], 1e-2, weight_decay=0, nesterov=False)
+        optimizer = torch.optim.Muon([matrix], 1e-2, weight_decay=0.1, nesterov=False)
         scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5  # the library's, for tall ones
-        expected = weight.flatten(1).clone()
         for now, grad in zip(after, grads):
-            before, matrix.grad = matrix.detach().clone(), grad[i].flatten(1)
+            decayed, matrix.grad = matrix.detach() * (1 - 1e-3), grad[i].flatten(1)
             optimizer.step()
-            expected += (matrix.detach() - before) / scale
-            error = (now[i].flatten(1) - expected).norm()
-            assert error < 0.03 * (expected - weight.flatten(1)).norm()
+            with torch.no_grad():
+                matrix.copy_(decayed + (matrix - decayed) / scale)
+            error = (now[i].flatten(1) - matrix).norm()
+            assert error < 0.03 * (matrix - weight.flatten(1)).norm()
 
 
 def test_a_convolution_steps_equally_far_in_all_directions():
@@ -408,7 +408,7 @@ def test_a_convolution_steps_equally_far_in_all_directions():
     torch.manual_seed(0)
     conv = torch.randn(32, 16, 3, 3).contiguous(memory_format=torch.channels_last)
     after, grads = muon(conv)
-    step = (conv - after[0][0]).flatten(1) / 1e-2
+    step = (conv * (1 - 1e-3) - after[0][0]).flatten(1) / 1e-2
     u, _, vh = torch.linalg.svd(grads[0][0].flatten(1), full_matrices=False)
     assert 0.6 < torch.linalg.svdvals(step).min() and torch.linalg.svdvals(step).max() < 1.25
     assert F.cosine_similarity(step.flatten(), (u @ vh).flatten(), dim=0) > 0.98
@@ -428,7 +428,8 @@ def test_the_state_of_an_adamw_is_no_hindrance():
 
 
 def test_small_convolutions_and_all_else_in_muon():
-    """They are AdamW's; where the gradient is zero, as in front of a zero weight, nothing moves."""
+    """They are AdamW's. Where the gradient is zero, as in front of a zero weight, there is no step
+    but the decay."""
     begin = [torch.randn(64, 64), torch.randn(64, 8, 3, 3), torch.randn(64)]
     after, grads = muon(*begin)
     for i, weight in enumerate(begin):
@@ -441,7 +442,7 @@ def test_small_convolutions_and_all_else_in_muon():
     still = nn.Parameter(torch.ones(16, 16, 3, 3))
     still.grad = torch.zeros_like(still)
     common.Muon([still], 1e-3).step()
-    assert torch.equal(still, torch.ones_like(still))
+    assert torch.equal(still, torch.full_like(still, 1 - 1e-3))
 
 
 @pytest.mark.parametrize(("steps", "warm_up"), [(20, 2), (100, 10), (3000, 200)])
