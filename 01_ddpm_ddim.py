@@ -141,8 +141,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, ...); t: (B,) in 0 ... T-1."""
     shape = (-1, *[1] * (x0.dim() - 1))
-    signal, sigma = schedule.signal_scale[t].view(shape), schedule.noise_scale[t].view(shape)
-    return signal * x0 + sigma * noise
+    return schedule.signal_scale[t].view(shape) * x0 + schedule.noise_scale[t].view(shape) * noise
 
 
 def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rng=None) -> Tensor:

@@ -1,25 +1,26 @@
 """Latent diffusion on MNIST: a VAE makes images small, and diffusion works on what is left.
 
-Most of the work of a diffusion network concerns pixels that say little. So a variational
-autoencoder, a VAE, first learns to turn an image into 64 numbers, its latent, and back. Its
-encoder outputs a Gaussian, so that nearby latents decode to similar images. A VAE can draw by
-itself, decoding z ~ N(0, I). But with our small weight w, digits do not fill N(0, I), and the
-gaps decode to non-digits. So a second stage trains the diffusion of 01 on the latents of the
-training images. To sample, denoise a latent, and decode it once.
+Most pixels of an image say little, yet a diffusion network works on all of them in every step.
+So a variational autoencoder, a VAE, first learns to turn an image into 64 numbers, its latent, and
+back. Its encoder outputs a Gaussian, and the decoder must cope with any draw from it. So nearby
+latents decode to similar images. A VAE can draw by itself: decode z ~ N(0, I). But our weight w is
+small, for sharp images. Then the latents of digits do not fill N(0, I), and its gaps decode to
+non-digits. So a second stage trains the diffusion of 01 on the latents of the training images. To
+sample, turn noise into a latent, and decode that once.
 
-    q(z|x)   = N(µ, diag v),  z = µ + √v e,  e ~ N(0, I)    Kingma & Welling 2014, Eq. 9
-    VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         -Eq. 10; w is β in Higgins 2017
+    q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
+    VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         minus Eq. 10; w is β in Higgins 2017
     x_0      = (z - mean) / std for each of the 64 numbers  cf. Rombach et al. 2022
     x_t, v, the loss and the samplers as in 01
 
     paper           code                      shape
     x               x                         (B, 1, 28, 28) in [-1, 1]
-    µ, log v, z     mu, logvar, z             (B, 64); v is σ² in the paper
+    µ, log σ², z    mu, logvar, z             (B, 64)
     x_0, x_t, ε, v  x0, x_t, noise, v         (B, 1, 8, 8)
     t = 1 ... T     t = 0 ... T-1             (B,); t = -1 in the samplers is the clean latent
 
-Why 1x8x8? Because the U-Net of 01 then fits, and the report that we reproduce does it. The
-layout means nothing: neighbours in it are no more related than any two of the 64 numbers.
+Why 1x8x8? Because the U-Net of 01 then fits. The layout means nothing: neighbours in it are no
+more related than any two of the 64 numbers.
 
     python 02_latent_diffusion.py                  both stages, for a GPU
     python 02_latent_diffusion.py --epochs 15      half an hour on two CPU cores
@@ -47,7 +48,7 @@ def parse_args(argv: list[str] | None = None):
     parser = common.make_parser(__file__, "Latent diffusion on MNIST.", 40, 128, 2e-3)
     add, count = parser.add_argument, number(int, 1)
     add("--vae-epochs", type=count, default=20, help="passes over the images for the VAE")
-    add("--vae-lr", type=number(float, 1e-9), default=2e-3, help="its peak learning rate")
+    add("--vae-lr", type=number(float, 1e-9), default=2e-3, help="peak learning rate of the VAE")
     add("--kl-weight", type=number(float, 0), default=0.05, help="w, weight of the KL divergence")
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
     add("--timesteps", type=number(int, 2), default=1000, help="T, steps from image to noise")
@@ -72,7 +73,7 @@ class VAE(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Sequential(  # channels in and out, kernel, stride, padding
+        self.encoder = nn.Sequential(  # channels in and out, kernel, stride, padding(s)
             conv_block(nn.Conv2d(1, 16, 3, 2, 1)),  # (B, 16, 14, 14)
             conv_block(nn.Conv2d(16, 32, 3, 2, 1)),  # (B, 32, 7, 7)
             conv_block(nn.Conv2d(32, 64, 7)),  # (B, 64, 1, 1)
@@ -88,7 +89,7 @@ class VAE(nn.Module):
         self.register_buffer("std", torch.ones(64))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """µ and log v of q(z | x), (B, 64) each."""
+        """µ and log σ² of q(z | x), (B, 64) each."""
         h = self.encoder(x).flatten(1)
         return self.fc_mu(h), self.fc_logvar(h)
 
@@ -98,10 +99,14 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.logits(z).sigmoid() * 2 - 1
 
+    def draw(self, mu: Tensor, logvar: Tensor, rng=None) -> Tensor:
+        """z = µ + σ e, a draw from q(z | x): the reparameterisation trick."""
+        noise = torch.randn(mu.shape, generator=rng, device=mu.device)
+        return mu + (logvar / 2).exp() * noise
+
     def to_latent(self, mu: Tensor, logvar: Tensor, rng=None) -> Tensor:
         """A draw from q(z | x), standardised over all training images, as (B, 1, 8, 8)."""
-        noise = torch.randn(mu.shape, generator=rng, device=mu.device)
-        z = mu + (logvar / 2).exp() * noise
+        z = self.draw(mu, logvar, rng)
         return ((z - self.mean) / self.std).view(-1, 1, 8, 8)
 
     def to_images(self, latent: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ class VAE(nn.Module):
 
 @torch.no_grad()
 def encode_all(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
-    """µ and log v, (N, 64) each, of all images."""
+    """µ and log σ², (N, 64) each, of all images."""
     mu, logvar = zip(*(vae.encode(part) for part in images.split(1000)))
     return torch.cat(mu), torch.cat(logvar)
 
@@ -162,19 +167,18 @@ def make_models(args) -> dict[str, nn.Module]:
 
 
 def vae_loss(vae: VAE, x: Tensor, kl_weight: float, rng=None) -> Tensor:
-    """Minus Kingma & Welling 2014, Eq. 10, with a weight, in nats per image, one draw of z.
+    """Minus Kingma & Welling 2014, Eq. 10, with a weight; in nats per image, one draw of z.
 
-    x is taken as probabilities of white: -log p is a binary cross-entropy (appendix C.1).
+    Each pixel is a probability of white, (x+1)/2, so -log p is a binary cross-entropy (C.1).
     """
     mu, logvar = vae.encode(x)
-    noise = torch.randn(mu.shape, generator=rng, device=x.device)
-    logits = vae.logits(mu + (logvar / 2).exp() * noise)
-    error = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2, reduction="none")
-    return (error.sum((1, 2, 3)) + kl_weight * kl_divergence(mu, logvar)).mean()
+    logits = vae.logits(vae.draw(mu, logvar, rng))
+    nll = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2, reduction="none")
+    return (nll.sum((1, 2, 3)) + kl_weight * kl_divergence(mu, logvar)).mean()
 
 
 def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(µ, v) ‖ N(0, I)) in nats, (B, 64) -> (B,): Kingma & Welling 2014, appendix B."""
+    """KL(N(µ, σ²) ‖ N(0, I)) in nats, (B, 64) -> (B,): Kingma & Welling 2014, appendix B."""
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1)
 
 
@@ -204,8 +208,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, ...); t: (B,) in 0 ... T-1."""
     shape = (-1, *[1] * (x0.dim() - 1))
-    signal, sigma = schedule.signal_scale[t].view(shape), schedule.noise_scale[t].view(shape)
-    return signal * x0 + sigma * noise
+    return schedule.signal_scale[t].view(shape) * x0 + schedule.noise_scale[t].view(shape) * noise
 
 
 def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rng=None) -> Tensor:
@@ -256,7 +259,7 @@ def ddim_sample(
 
 
 def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None) -> Tensor:
-    """vs 01: DDPM as DDIM with all steps and η = 1, which a test shows to be the same."""
+    """vs 01: DDPM is DDIM with all T steps and η = 1; a test compares the two."""
     return ddim_sample(model, schedule, x_T, len(schedule.betas), eta=1.0, rng=rng)
 
 
@@ -269,14 +272,14 @@ def train(args) -> dict[str, nn.Module]:
     stage = common.Stage(args, "vae", models["vae"], args.vae_epochs, args.vae_lr, images)
     for (x,) in stage:
         stage.step(vae_loss(stage.model, x, args.kl_weight, stage.rng))
-    vae = stage.ema
-    mu, logvar = encode_all(vae, images)  # of all images, once
-    vae.mean.copy_(mu.mean(0))
-    vae.std.copy_((mu.var(0) + logvar.exp().mean(0)).sqrt())  # Var z = Var µ + E v
-    args.state["networks"]["vae"] = vae.state_dict()
+    vae = stage.ema  # fixed from here on
+    all_mu, all_logvar = encode_all(vae, images)
+    vae.mean.copy_(all_mu.mean(0))
+    vae.std.copy_((all_mu.var(0) + all_logvar.exp().mean(0)).sqrt())  # Var z = Var µ + E σ²
+    args.state["networks"]["vae"] = vae.state_dict()  # now with mean and std
     draw_vae(args, vae)
     model = models["diffusion"]
-    stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, mu, logvar)
+    stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, all_mu, all_logvar)
     for mu, logvar in stage:
         x0 = vae.to_latent(mu, logvar, stage.rng)  # vs 01: x_0 is a latent
         stage.step(diffusion_loss(stage.model, schedule, x0, rng=stage.rng))
@@ -296,9 +299,9 @@ def draw_vae(args, vae: VAE) -> None:
     images = torch.cat([x[:10], x_hat[:10], vae.decode(torch.cat(walks))])
     common.save_grid(images, args.out_dir / "samples_vae.png", "Test digits through the VAE", 10,
                      rows=["digits", "reconstructions", *["walk between two"] * 4])
-    mu, labels = (mu - mu.mean(0)).cpu(), labels.cpu()
-    spots = (mu @ torch.linalg.svd(mu, full_matrices=False).Vh[:2].T)[:2000]
-    by_digit = {str(d): spots[labels[:2000] == d].tolist() for d in range(10)}
+    mu, labels = (mu - mu.mean(0)).cpu(), labels[:2000].cpu()
+    points = mu[:2000] @ torch.linalg.svd(mu, full_matrices=False).Vh[:2].T  # in their plane
+    by_digit = {str(d): points[labels == d].tolist() for d in range(10)}
     common.save_plot(args.out_dir / "latent_map.png", by_digit, style=".", xlabel="first component",
                      title="2,000 test digits in the latent: two principal components")
 
@@ -326,7 +329,7 @@ def draw_path(args, vae: VAE, sample) -> None:
     """Sampling through time as a moving picture: x_t and below it x̂_0, both decoded."""
     path = []  # (t, x_t, x̂_0) at every step
     sample(trace=lambda *state: path.append(state))
-    film = [vae.to_images(torch.cat([x[:8], x0[:8]])) for _, x, x0 in path[::-4][::-1]]
+    film = [vae.to_images(torch.cat([x_t[:8], x0_hat[:8]])) for _, x_t, x0_hat in path[::-4][::-1]]
     common.save_gif(film, args.out_dir / "path.gif", columns=8)
 
 

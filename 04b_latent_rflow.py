@@ -89,7 +89,7 @@ class VAE(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Sequential(  # channels in and out, kernel, stride, padding
+        self.encoder = nn.Sequential(  # channels in and out, kernel, stride, padding(s)
             conv_block(nn.Conv2d(1, 16, 3, 2, 1)),  # (B, 16, 14, 14)
             conv_block(nn.Conv2d(16, 32, 3, 2, 1)),  # (B, 32, 7, 7)
             conv_block(nn.Conv2d(32, 64, 7)),  # (B, 64, 1, 1)
@@ -105,7 +105,7 @@ class VAE(nn.Module):
         self.register_buffer("std", torch.ones(64))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """µ and log v of q(z | x), (B, 64) each."""
+        """µ and log σ² of q(z | x), (B, 64) each."""
         h = self.encoder(x).flatten(1)
         return self.fc_mu(h), self.fc_logvar(h)
 
@@ -115,10 +115,14 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.logits(z).sigmoid() * 2 - 1
 
+    def draw(self, mu: Tensor, logvar: Tensor, rng=None) -> Tensor:
+        """z = µ + σ e, a draw from q(z | x): the reparameterisation trick."""
+        noise = torch.randn(mu.shape, generator=rng, device=mu.device)
+        return mu + (logvar / 2).exp() * noise
+
     def to_latent(self, mu: Tensor, logvar: Tensor, rng=None) -> Tensor:
         """A draw from q(z | x), standardised over all training images, as (B, 1, 8, 8)."""
-        noise = torch.randn(mu.shape, generator=rng, device=mu.device)
-        z = mu + (logvar / 2).exp() * noise
+        z = self.draw(mu, logvar, rng)
         return ((z - self.mean) / self.std).view(-1, 1, 8, 8)
 
     def to_images(self, latent: Tensor) -> Tensor:
@@ -127,7 +131,7 @@ class VAE(nn.Module):
 
 @torch.no_grad()
 def encode_all(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
-    """µ and log v, (N, 64) each, of all images."""
+    """µ and log σ², (N, 64) each, of all images."""
     mu, logvar = zip(*(vae.encode(part) for part in images.split(1000)))
     return torch.cat(mu), torch.cat(logvar)
 
@@ -245,7 +249,7 @@ def train(args) -> dict[str, nn.Module]:
     torch.manual_seed(args.seed)
     models, folder = make_models(args), args.out_dir / "pairs"
     vae = load_vae(args, models["vae"])
-    data = encode_all(vae, images)  # vs 04: µ and log v of all images, once
+    data = encode_all(vae, images)  # vs 04: µ and log σ² of all images, once
     stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, *data)
     if stage.done < args.epochs:  # pairs and a reflow that exist are of an older flow
         shutil.rmtree(folder, ignore_errors=True)
