@@ -129,7 +129,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
 
     Nichol & Dhariwal 2021, Eq. 17, but 0.01 short of both ends, for any T: some noise at
-    t = 0, for the samplers divide by √(1-ᾱ_t), and as much signal at t = T-1.
+    t = 0, for the samplers divide by 1-ᾱ_t, and as little signal at t = T-1.
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # first ᾱ_t; α_t and β_t follow from it
@@ -153,8 +153,9 @@ def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rn
         t = torch.randint(len(schedule.betas), (len(x0),), generator=rng, device=x0.device)
     if noise is None:
         noise = torch.randn(x0.shape, generator=rng, device=x0.device)
-    v = q_sample(schedule, noise, t, -x0)  # as x_t, but of ε and -x_0: √ᾱ_t ε - √(1-ᾱ_t) x_0
-    return F.mse_loss(model(q_sample(schedule, x0, t, noise), t), v)
+    x_t = q_sample(schedule, x0, t, noise)
+    v = q_sample(schedule, noise, t, -x0)  # the same of ε and -x_0: √ᾱ_t ε - √(1-ᾱ_t) x_0
+    return F.mse_loss(model(x_t, t), v)
 
 
 def posterior(schedule: Schedule, t: int, x_t: Tensor, x0: Tensor) -> tuple[Tensor, float]:
@@ -251,7 +252,10 @@ def draw_path(args, sample) -> None:
     sample(trace=lambda *state: path.append(state))
     stills = [path[i] for i in torch.linspace(0, len(path) - 1, 10).int()]
     title = f"DDIM, {len(path)} steps: x_t, and below it x̂₀, which the network expects"
-    images = [state[k][digit] for digit in range(4) for k in (1, 2) for state in stills]
+    images = []
+    for digit in range(4):  # two rows each
+        images += [x_t[digit] for _, x_t, _ in stills]
+        images += [x0_hat[digit] for _, _, x0_hat in stills]
     common.save_grid(torch.stack(images), args.out_dir / "samples_path.png", title, columns=10,
                      rows=["x_t", "x̂₀"] * 4, below=[f"t={t}" for t, _, _ in stills])
     film = [torch.cat([x_t[:8], x0_hat[:8]]) for _, x_t, x0_hat in path[::-4][::-1]]

@@ -19,8 +19,7 @@ sample, turn noise into a latent, and decode that once.
     x_0, x_t, ε, v  x0, x_t, noise, v         (B, 1, 8, 8)
     t = 1 ... T     t = 0 ... T-1             (B,); t = -1 in the samplers is the clean latent
 
-Why 1x8x8? Because the U-Net of 01 then fits. The layout means nothing: neighbours in it are no
-more related than any two of the 64 numbers.
+Why 1x8x8? It fits the U-Net of 01. The layout means nothing: neighbours in it are not related.
 
     python 02_latent_diffusion.py                  both stages, for a GPU
     python 02_latent_diffusion.py --epochs 15      half an hour on two CPU cores
@@ -196,7 +195,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
 
     Nichol & Dhariwal 2021, Eq. 17, but 0.01 short of both ends, for any T: some noise at
-    t = 0, for the samplers divide by √(1-ᾱ_t), and as much signal at t = T-1.
+    t = 0, for the samplers divide by 1-ᾱ_t, and as little signal at t = T-1.
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # first ᾱ_t; α_t and β_t follow from it
@@ -220,8 +219,9 @@ def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rn
         t = torch.randint(len(schedule.betas), (len(x0),), generator=rng, device=x0.device)
     if noise is None:
         noise = torch.randn(x0.shape, generator=rng, device=x0.device)
-    v = q_sample(schedule, noise, t, -x0)  # as x_t, but of ε and -x_0: √ᾱ_t ε - √(1-ᾱ_t) x_0
-    return F.mse_loss(model(q_sample(schedule, x0, t, noise), t), v)
+    x_t = q_sample(schedule, x0, t, noise)
+    v = q_sample(schedule, noise, t, -x0)  # the same of ε and -x_0: √ᾱ_t ε - √(1-ᾱ_t) x_0
+    return F.mse_loss(model(x_t, t), v)
 
 
 def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:

@@ -1,30 +1,34 @@
-"""Classifier-free guidance on MNIST: ask for a digit, and get a very distinct one.
+"""Classifier-free guidance on MNIST: ask for a digit, and get a very clear one.
 
 A network that also sees the class c of an image learns to predict v of 01 given c, so we can
 ask it for a 7. If c is hidden for some training images, the same network also predicts the v
-of any digit. The difference of the two predictions points to what makes a 7 a 7: s = 1 is the
-network's answer, and guidance goes s times as far. The digits become more distinct, but more
-alike: it trades variety for clarity. Both come from one call on a doubled batch.
+of any digit. The difference of the two predictions points to what makes a 7 a 7. Guidance starts
+from the prediction without c and adds s times the difference. With s = 1 that is the prediction
+with c; a larger s goes past it. The digits become clearer, but sevens more alike: guidance trades
+variety for clarity. Both predictions come from one call on a doubled batch.
 
     loss = E ‖v - v_θ(x_t, t, c)‖², c = ∅ for a tenth of the images  Ho & Salimans 2022, Alg. 1
     v̂    = v_θ(x_t, t, ∅) + s (v_θ(x_t, t, c) - v_θ(x_t, t, ∅))      Ho & Salimans, Eq. 6
-    The paper guides ε̂; so do we, for ε̂ = √(1-ᾱ_t) x_t + √ᾱ_t v̂ is linear in v̂.
     s = 0 is unconditional, 1 conditional, above 1 guided; the paper's w is s - 1
-    x_t, v, the schedule and DDIM as in 01
+    x_t, v = √ᾱ_t ε - √(1-ᾱ_t) x_0, the schedule and DDIM as in 01
 
     paper           code                      shape
     x_0, x_t, ε     x0, x_t, noise            (B, 1, 28, 28), x0 in [-1, 1]
     t = 1 ... T     t = 0 ... T-1             (B,); t = -1 in the samplers is the clean image
     c, ∅            labels, NULL              (B,) in 0 ... 9, and 10
     v_θ(x_t, t, c)  model(x_t, t, labels)     (B, 1, 28, 28)
+    v̂               model(x_t, t) of guided() (B, 1, 28, 28)
     s = 1 + w       scale
 
-The class enters twice, as in the report, to show two ways: as input channels, and by the
-cross-attention that reads text in large models. Adding it to the time embedding is simpler.
+The paper guides ε̂, and so do we: ε̂ = √(1-ᾱ_t) x_t + √ᾱ_t v̂, and the weights of the two
+predictions, s and 1 - s, add up to 1. So guiding the one is guiding the other.
+
+The class enters in two ways, to show both: as input channels, and by the cross-attention that
+reads text in large models. Adding it to the time embedding would be simpler.
 
     python 03_cfg.py                                  40 epochs, for a GPU
     python 03_cfg.py --epochs 3 --batch-size 64       half an hour on one CPU core
-    python 03_cfg.py --digits 3141592653              draw these with the shipped weights
+    python 03_cfg.py --digits 3141592653              draw these, with weights that are there
 
 Measured: 3 epochs in 30 minutes on one core of an Intel Xeon. Fréchet distance of 1,000 samples
 by DDIM-100 with s = 1.5 (05_compare.py; training digits 0.155): 0.185; 99.2% of them are read as
@@ -53,8 +57,8 @@ def parse_args(argv: list[str] | None = None):
     add, count = parser.add_argument, number(int, 1)
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
     add("--timesteps", type=number(int, 2), default=1000, help="T, steps from image to noise")
-    add("--ddim-steps", type=count, default=100, help="network calls of DDIM")
-    add("--tokens", type=count, default=4, help="learned tokens a class, for cross-attention")
+    add("--ddim-steps", type=count, default=100, help="steps of DDIM and DDPM")
+    add("--tokens", type=count, default=4, help="learned tokens per class, for cross-attention")
     add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of hidden labels")
     scale = number(float, 0)
     add("--guidance", type=scale, default=3.0, help="scale s in the main figures")
@@ -149,7 +153,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
 
     Nichol & Dhariwal 2021, Eq. 17, but 0.01 short of both ends, for any T: some noise at
-    t = 0, for the samplers divide by √(1-ᾱ_t), and as much signal at t = T-1.
+    t = 0, for the samplers divide by 1-ᾱ_t, and as little signal at t = T-1.
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # first ᾱ_t; α_t and β_t follow from it
@@ -167,7 +171,7 @@ def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor
 def diffusion_loss(
     model, schedule: Schedule, x0: Tensor, labels: Tensor, dropout=0.1, t=None, noise=None, rng=None
 ) -> Tensor:
-    """Ho & Salimans 2022, Algorithm 1. vs 01: labels (B,), each hidden with chance `dropout`.
+    """Ho & Salimans 2022, Algorithm 1, for v. vs 01: labels (B,), a share `dropout` hidden.
 
     x0: (B, ...); t (B,) and noise (B, ...) are drawn from `rng` if they are not given.
     """
@@ -177,21 +181,22 @@ def diffusion_loss(
         noise = torch.randn(x0.shape, generator=rng, device=x0.device)
     hidden = torch.rand(labels.shape, generator=rng, device=x0.device) < dropout
     labels = labels.masked_fill(hidden, NULL)
-    v = q_sample(schedule, noise, t, -x0)  # as x_t, but of ε and -x_0: √ᾱ_t ε - √(1-ᾱ_t) x_0
-    return F.mse_loss(model(q_sample(schedule, x0, t, noise), t, labels), v)
+    x_t = q_sample(schedule, x0, t, noise)
+    v = q_sample(schedule, noise, t, -x0)  # the same of ε and -x_0: √ᾱ_t ε - √(1-ᾱ_t) x_0
+    return F.mse_loss(model(x_t, t, labels), v)
 
 
 def guided(model, labels: Tensor, scale: float):
-    """v̂(x, t) for labels (B,) in 0 ... 9: Ho & Salimans 2022, Eq. 6, with s = 1 + w.
+    """The function (x, t) -> v̂ for labels (B,): Ho & Salimans 2022, Eq. 6, with s = 1 + w.
 
-    scale 0 is unconditional and 1 conditional, each for a plain call; any other scale takes one
-    call on a doubled batch. Other labels raise a ValueError.
+    Scales 0 and 1 take a plain call, any other one call on a doubled batch. Labels that are not
+    in 0 ... 9 raise a ValueError.
     """
     if not ((labels >= 0) & (labels <= 9)).all():
         raise ValueError(f"labels are the digits 0 to 9, not {labels.unique().tolist()}")
     null = torch.full_like(labels, NULL)
     if scale in (0, 1):
-        return lambda x, t: model(x, t, labels if scale else null)
+        return lambda x, t: model(x, t, labels if scale == 1 else null)
     both = torch.cat([null, labels])
 
     def v_hat(x: Tensor, t: Tensor) -> Tensor:
@@ -236,7 +241,7 @@ def ddim_sample(
 
 
 def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None, steps=None) -> Tensor:
-    """vs 01: DDPM as DDIM with η = 1 (a test shows that they agree), also in fewer steps."""
+    """vs 01: DDPM is DDIM with η = 1 (a test compares the two), so it can take fewer steps, too."""
     return ddim_sample(model, schedule, x_T, steps or len(schedule.betas), eta=1.0, rng=rng)
 
 
@@ -248,8 +253,8 @@ def train(args) -> dict[str, nn.Module]:
     model = make_models(args)["diffusion"]
     stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, images, labels)
     dropout = args.label_dropout
-    for x0, y in stage:
-        stage.step(diffusion_loss(stage.model, schedule, x0, y, dropout, rng=stage.rng))
+    for x0, labels in stage:
+        stage.step(diffusion_loss(stage.model, schedule, x0, labels, dropout, rng=stage.rng))
     return {"diffusion": stage.ema}
 
 
@@ -276,10 +281,10 @@ def make_figures(args, diffusion: nn.Module) -> None:
     made = {"name": f"DDPM, {n} steps, s = {s:g}", "sampler": "DDPM", "guidance": s}
     samplers.append((made, partial(sample, sampler=ddpm_sample)))
     for made, _ in samplers:
-        calls = n if made["guidance"] in (0, 1) else 2 * n  # an image goes through twice
+        calls = n if made["guidance"] in (0, 1) else 2 * n  # a doubled batch is two
         made |= {"method": "guided diffusion", "steps": n, "network_calls": calls}
         made |= {"classes": 10} if made["guidance"] else {}  # asked for in turn
-    common.measure(args, samplers, noise, "Columns share their noise and their class, 0 to 9")
+    common.measure(args, samplers, noise, "Columns share their noise and, with s > 0, their class")
 
 
 def draw_digits(args, net, schedule: Schedule) -> None:
@@ -299,7 +304,10 @@ def draw_path(args, sample) -> None:
     sample(trace=lambda *state: path.append(state))
     stills = [path[i] for i in torch.linspace(0, len(path) - 1, 10).int()]
     title = f"DDIM, {len(path)} steps: x_t, and below it x̂₀, which the network expects"
-    images = [state[k][digit] for digit in range(4) for k in (1, 2) for state in stills]
+    images = []
+    for digit in range(4):  # two rows each
+        images += [x_t[digit] for _, x_t, _ in stills]
+        images += [x0_hat[digit] for _, _, x0_hat in stills]
     common.save_grid(torch.stack(images), args.out_dir / "samples_path.png", title, columns=10,
                      rows=["x_t", "x̂₀"] * 4, below=[f"t={t}" for t, _, _ in stills])
     film = [torch.cat([x_t[:8], x0_hat[:8]]) for _, x_t, x0_hat in path[::-4][::-1]]
