@@ -2,11 +2,11 @@
 
 Most pixels of an image say little, yet a diffusion network works on all of them in every step.
 So a variational autoencoder, a VAE, first learns to turn an image into 64 numbers, its latent, and
-back. Its encoder outputs a Gaussian, and the decoder must cope with any draw from it. So nearby
-latents decode to similar images. A VAE can draw by itself: decode z ~ N(0, I). But our weight w is
-small, for sharp images. Then the latents of digits do not fill N(0, I), and its gaps decode to
-non-digits. So a second stage trains the diffusion of 01 on the latents of the training images. To
-sample, turn noise into a latent, and decode that once.
+back. Its encoder outputs a Gaussian, and the decoder must turn any draw from it into the image. So
+nearby latents decode to similar images. A VAE can draw by itself: decode z ~ N(0, I). But our KL
+term has a small weight, for sharp images. Then digits lie only in parts of N(0, I), and the rest
+decodes to non-digits. So a second stage trains the diffusion of 01 on the latents of the training
+images. To sample, turn noise into a latent, and decode that once.
 
     q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         minus Eq. 10; w is β in Higgins 2017
@@ -24,8 +24,8 @@ Why 1x8x8? It fits the U-Net of 01. The layout means nothing: neighbours in it a
     python 02_latent_diffusion.py                  both stages, for a GPU
     python 02_latent_diffusion.py --epochs 15      half an hour on two CPU cores
 
-Measured: the latter took 29 minutes on an Intel Xeon. Fréchet distance of 1,000 samples by
-DDIM-100 (05_compare.py; training digits 0.155): 0.610.
+Measured: the second takes 29 minutes on an Intel Xeon. Then 1,000 samples by DDIM-100 have a
+Fréchet distance of 0.610 to the test digits, training digits one of 0.155 (05_compare.py).
 """
 
 import math
@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None):
     parser = common.make_parser(__file__, "Latent diffusion on MNIST.", 40, 128, 2e-3)
     add, count = parser.add_argument, number(int, 1)
     add("--vae-epochs", type=count, default=20, help="passes over the images for the VAE")
-    add("--vae-lr", type=number(float, 1e-9), default=2e-3, help="peak learning rate of the VAE")
+    add("--vae-lr", type=number(float, 1e-9), default=2e-3, help="peak rate of the VAE")
     add("--kl-weight", type=number(float, 0), default=0.05, help="w, weight of the KL divergence")
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
     add("--timesteps", type=number(int, 2), default=1000, help="T, steps from image to noise")
@@ -72,7 +72,7 @@ class VAE(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Sequential(  # channels in and out, kernel, stride, padding(s)
+        self.encoder = nn.Sequential(  # channels in and out, kernel, stride, padding
             conv_block(nn.Conv2d(1, 16, 3, 2, 1)),  # (B, 16, 14, 14)
             conv_block(nn.Conv2d(16, 32, 3, 2, 1)),  # (B, 32, 7, 7)
             conv_block(nn.Conv2d(32, 64, 7)),  # (B, 64, 1, 1)
@@ -168,7 +168,7 @@ def make_models(args) -> dict[str, nn.Module]:
 def vae_loss(vae: VAE, x: Tensor, kl_weight: float, rng=None) -> Tensor:
     """Minus Kingma & Welling 2014, Eq. 10, with a weight; in nats per image, one draw of z.
 
-    Each pixel is a probability of white, (x+1)/2, so -log p is a binary cross-entropy (C.1).
+    The decoder gives probabilities of white; -log p is their cross-entropy with (x+1)/2 (C.1).
     """
     mu, logvar = vae.encode(x)
     logits = vae.logits(vae.draw(mu, logvar, rng))
@@ -194,8 +194,8 @@ class Schedule(NamedTuple):
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
 
-    Nichol & Dhariwal 2021, Eq. 17, but 0.01 short of both ends, for any T: some noise at
-    t = 0, for the samplers divide by 1-ᾱ_t, and as little signal at t = T-1.
+    Nichol & Dhariwal 2021, Eq. 17, but φ_t stops 0.01 before 0 and π/2, for any T: some noise
+    is left at t = 0, since the samplers divide by 1-ᾱ_t, and some signal at t = T-1.
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # first ᾱ_t; α_t and β_t follow from it
@@ -220,7 +220,7 @@ def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rn
     if noise is None:
         noise = torch.randn(x0.shape, generator=rng, device=x0.device)
     x_t = q_sample(schedule, x0, t, noise)
-    v = q_sample(schedule, noise, t, -x0)  # the same of ε and -x_0: √ᾱ_t ε - √(1-ᾱ_t) x_0
+    v = q_sample(schedule, noise, t, -x0)  # ε for x_0, -x_0 for ε: √ᾱ_t ε - √(1-ᾱ_t) x_0
     return F.mse_loss(model(x_t, t), v)
 
 
@@ -281,7 +281,7 @@ def train(args) -> dict[str, nn.Module]:
     model = models["diffusion"]
     stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, all_mu, all_logvar)
     for mu, logvar in stage:
-        x0 = vae.to_latent(mu, logvar, stage.rng)  # vs 01: x_0 is a latent
+        x0 = vae.to_latent(mu, logvar, stage.rng)  # vs 01: x_0 is a latent, drawn anew each time
         stage.step(diffusion_loss(stage.model, schedule, x0, rng=stage.rng))
     return {"diffusion": stage.ema, "vae": vae}
 
@@ -300,7 +300,7 @@ def draw_vae(args, vae: VAE) -> None:
     common.save_grid(images, args.out_dir / "samples_vae.png", "Test digits through the VAE", 10,
                      rows=["digits", "reconstructions", *["walk between two"] * 4])
     mu, labels = (mu - mu.mean(0)).cpu(), labels[:2000].cpu()
-    points = mu[:2000] @ torch.linalg.svd(mu, full_matrices=False).Vh[:2].T  # in their plane
+    points = mu[:2000] @ torch.linalg.svd(mu, full_matrices=False).Vh[:2].T  # 2-D
     by_digit = {str(d): points[labels == d].tolist() for d in range(10)}
     common.save_plot(args.out_dir / "latent_map.png", by_digit, style=".", xlabel="first component",
                      title="2,000 test digits in the latent: two principal components")

@@ -89,7 +89,7 @@ class VAE(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Sequential(  # channels in and out, kernel, stride, padding(s)
+        self.encoder = nn.Sequential(  # channels in and out, kernel, stride, padding
             conv_block(nn.Conv2d(1, 16, 3, 2, 1)),  # (B, 16, 14, 14)
             conv_block(nn.Conv2d(16, 32, 3, 2, 1)),  # (B, 32, 7, 7)
             conv_block(nn.Conv2d(32, 64, 7)),  # (B, 64, 1, 1)

@@ -1,4 +1,4 @@
-"""What the numbered scripts share; schedules, losses and samplers stand in each of them."""
+"""What the numbered scripts share. Each has its own schedule, loss and samplers."""
 
 import argparse
 import copy
@@ -33,7 +33,7 @@ class ResBlock(nn.Module):
         self.time = nn.Linear(c_time, 2 * c_out)
         self.norm2 = nn.GroupNorm(8, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)  # so a fresh block passes on its input
+        nn.init.zeros_(self.conv2.weight)  # so a fresh block adds only a bias to skip(x)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -77,9 +77,9 @@ def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
     affine = v2.RandomAffine(degrees=15, translate=(0.05, 0.05), scale=(0.8, 1.1), shear=11)
     torch.manual_seed(seed)
     images, labels = [], torch.randint(10, (n,))
-    for i, y in enumerate(labels):
+    for i, y in enumerate(labels.tolist()):
         image = Image.new("L", (84, 84))  # three times too large, for smooth edges
-        ImageDraw.Draw(image).text((42, 42), f"{y}", 255, fonts[i % 5], "mm", stroke_width=i % 3)
+        ImageDraw.Draw(image).text((42, 42), str(y), 255, fonts[i % 5], "mm", stroke_width=i % 3)
         images.append(v2.functional.pil_to_tensor(affine(image).reduce(3)))
     return torch.stack(images) / 127.5 - 1, labels
 
@@ -103,14 +103,14 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add("--epochs", type=count, default=epochs, help="passes over the training images")
     add("--batch-size", type=count, default=batch_size, help="images in a training step")
     add("--lr", type=number(float, 1e-9), default=lr, help="peak rate; times 10 for Muon")
-    add("--seed", type=number(int, 0), default=0, help="seed of all random numbers")
+    add("--seed", type=number(int, 0), default=0, help="seed of training and sampling")
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--dataset", choices=["mnist", "synthetic"], default="mnist", help="what to learn")
     add("--train-images", type=count, default=60_000, help="use the first N images")
     add("--data-dir", type=Path, default=Path("data"), help="folder of MNIST")
     add("--out-dir", type=Path, default=Path("runs", script), help="folder of the results")
     add("--resume", action="store_true", help="continue from the checkpoint in --out-dir")
-    add("--sample-only", action="store_true", help="use that checkpoint, or weights/")
+    add("--sample-only", action="store_true", help="no training: use that checkpoint, or weights/")
     add("--eval-samples", type=number(int, 0), help="size of sets for 05 (training on CUDA: 10000)")
     add("--no-graphs", action="store_true", help="do not use CUDA graphs")
     add("--fast-dev", action="store_true", help="a complete run in miniature, in seconds")
@@ -118,7 +118,7 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
-    """Typed options win; then the checkpoint's, then `tiny` if --fast-dev, then the defaults."""
+    """The command line wins; then the checkpoint, then `tiny` if --fast-dev, then the defaults."""
     if parser.parse_args(argv).fast_dev:
         parser.set_defaults(**tiny, out_dir=f"runs/fast_dev/{parser.prog[:-3]}")
     args = parser.parse_args(argv)
@@ -133,7 +133,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
     if args.batch_size > args.train_images:
         parser.error(f"--batch-size {args.batch_size}: only {args.train_images} images")
     print(f"{args.script} on {args.device}, weights: {state.get('path', 'new')}")
-    torch.set_flush_denormal(True)  # a CPU computes with numbers below 1e-38 many times slower
+    torch.set_flush_denormal(True)  # numbers below 1e-38 make a CPU many times slower
     with one_line_error(f"--out-dir {args.out_dir} cannot be made"):
         args.out_dir.mkdir(parents=True, exist_ok=True)
     return args
@@ -170,15 +170,15 @@ class Muon(torch.optim.AdamW):
         for shape in {tuple(w.shape) for w in convolutions}:  # a batch for each shape
             weights = [w for w in convolutions if w.shape == shape]
             g = torch.stack([w.grad.flatten(1) for w in weights])
-            m = self.state[shape] = self.state.get(shape, 0 * g).to(g.device).lerp(g, 0.05)
-            m = nn.functional.normalize(m, dim=(1, 2))
+            mean = self.state[shape] = self.state.get(shape, 0 * g).to(g.device).lerp(g, 0.05)
+            m = nn.functional.normalize(mean, dim=(1, 2))
             gram, eye = m @ m.mT, torch.eye(shape[0], device=g.device)
             p = eye
             for _ in range(5):  # Newton and Schulz: singular values of p m near 1
                 q = 3.4445 * eye + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 p, gram = q @ p, q @ gram @ q
             for w, step in zip(weights, 10 * group["lr"] * p @ m):
-                w.mul_(1 - group["lr"]).sub_(step.view_as(w))  # weight decay of 0.1
+                w.mul_(1 - group["lr"]).sub_(step.view_as(w))  # weight decay 0.1
                 w.grad = None  # so AdamW leaves it alone
         super().step()
 
@@ -199,15 +199,15 @@ class Stage:
 
     def __iter__(self):
         args, total = self.args, self.epochs * self.steps
-        warm_up, self.decay = min(200, total / 10), 1 - 10 / max(total, 10)
+        warm_up, self.decay = min(200, total / 10), 1 - 10 / max(total, 10)  # average: a tenth
         self.slow, self.fast = ([x for x in net.state_dict().values() if x.is_floating_point()]
-                                for net in (self.ema, self.model))  # weights, BatchNorm's means
+                                for net in (self.ema, self.model))  # weights, BatchNorm's averages
         bar = tqdm(range(total), self.name, initial=self.done * self.steps, mininterval=1)
         while self.done < self.epochs:
             self.losses, start = [], time.perf_counter()  # each epoch has its seed, for --resume
             self.rng = torch.Generator(args.device).manual_seed(self.done + 1000 * args.seed)
             order = torch.randperm(len(self.data[0]), generator=self.rng, device=args.device)
-            for index in order.split(args.batch_size)[: self.steps]:  # of equal size
+            for index in order.split(args.batch_size)[: self.steps]:  # all full
                 i = self.done * self.steps + len(self.losses)
                 lr = self.lr * min((i + 1) / warm_up, 1) * (1 - i / total)  # up, then down to zero
                 self.optimizer.param_groups[0]["lr"] = lr
@@ -274,7 +274,7 @@ def load_networks(state: dict, models: dict[str, nn.Module]) -> dict[str, nn.Mod
 def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
     """What sample(noise, rng) returns, and its seconds: the median of up to three runs."""
     seconds = []  # the first warms up and counts only if a CPU is so slow that it is alone
-    while len(seconds) < 2 - noise.is_cpu or len(seconds) < 4 and sum(seconds) < 5:
+    while len(seconds) < (1 if noise.is_cpu else 2) or (len(seconds) < 4 and sum(seconds) < 5):
         start = time.perf_counter()
         images = sample(noise, torch.Generator(noise.device).manual_seed(seed))
         images.sum().item()  # waits for the device
@@ -283,7 +283,7 @@ def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
 
 
 def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
-    """Draw, time and keep what `samplers`, pairs (made, sample(noise, rng)), make of `noise`."""
+    """Pictures, times and sets of each (made, sample) in `samplers`; the dict made describes it."""
     rows, history, networks = {}, args.state["history"], args.state["networks"]
     losses = {stage: [(epoch["epoch"], epoch["loss"]) for epoch in history
                       if epoch["stage"] == stage] for stage in networks}
@@ -314,7 +314,7 @@ def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
         rng = torch.Generator(args.device).manual_seed(args.seed)
         parts = tqdm(noise[:n].split(1000 if noise.is_cuda else 50), f"{n}, {made['name']}")
         made["images"] = torch.cat([to_uint8(sample(part, rng)) for part in parts])
-        if "classes" in made:  # they were asked for in turn, and fill each part
+        if "classes" in made:  # asked for in turn; each part starts at 0
             made["labels"] = torch.arange(n) % made["classes"]
         save(args.out_dir / f"eval_{made['file']}.pt", origin(args) | made)
 
