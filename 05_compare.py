@@ -1,4 +1,4 @@
-"""How good and how fast are the samples? One classifier scores them and judges five claims.
+"""How good and how fast are the samples? A classifier scores them; rules judge five claims.
 
 A picture shows that digits look like digits, but not whether all kinds of digits are there, or
 what ten steps lose against a hundred. So a small classifier, trained once on MNIST, turns each
@@ -13,13 +13,13 @@ cloud of samples (recall: are all there?). Training digits score what a perfect 
     R(φ) is the distance from φ to its third-nearest neighbour in its own set
 
     paper           code                               shape
-    φ_r, φ_g        real, phi: features(judge, x)[0]   (10,000, 64), (N, 64), float64
-    µ, Σ            means and covariances of those     (64,), (64, 64)
+    φ_r, φ_g        real, fake: features(judge, x)[0]  (10,000, 64), (N, 64): real, generated
+    µ, Σ            mean and covariance of each        (64,), (64, 64), in frechet_distance
 
-FD is called a distance, but it is a squared one. Small sets score too high, so only sets of
-equal size N stand in one table, with the score of N training digits: the floor. Precision and
-recall compare N samples with N test digits. The sets are the files runs/*/eval_*.pt, which the
-other scripts write with --eval-samples, with the times that they measured before.
+FD is called a distance, but it is a squared one, to all test digits. Small sets score too high,
+so each size N has a table of its own, with the score of N training digits: the floor. Precision
+and recall compare N samples with N test digits. The sets are the files runs/*/eval_*.pt. The
+other scripts write them with --eval-samples, and put the times that they measured into them.
 
     python 05_compare.py                       score what is in runs/: table, plots, verdicts
     python 05_compare.py --eval-samples 1000   the first 1,000 images of each set
@@ -27,10 +27,10 @@ other scripts write with --eval-samples, with the times that they measured befor
     python 05_compare.py --train-judge         train the classifier again
 
 The classifier learned in 4 minutes on two cores of an AMD EPYC and reads 99.66% of the test
-digits. For scale, 1,000 images each: training digits 0.155, without the digit 0 2.7, with a
-blur of one pixel 4.5, with noise of a tenth of the pixels' range 15, pure noise 88. Read recall
-beside precision: samples that are spread too widely catch many digits. Faint pixels, at 1 to 15
-of 255, are noise in the black that no eye sees; one column has the distance without them.
+digits. FD of 1,000 images, for scale: training digits 0.155; those without zeros 2.7; blurred by
+one pixel 4.5; with noise of a tenth of the pixels' range 15; only noise 88. Read recall beside
+precision: samples that are spread too widely catch many digits. Faint pixels, at 1 to 15 of 255,
+are mostly noise that no eye sees; one column has the FD with them set to black in the samples.
 """
 
 import statistics
@@ -117,7 +117,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     return (mean + a_r.square().sum() + a_g.square().sum() - 2 * cross).item()
 
 
-@lru_cache(2)  # for the real digits, whose set is the same from call to call
+@lru_cache(2)  # the real digits are the same from call to call
 def radii(cloud: Tensor, k: int) -> Tensor:
     """R of each point of a cloud (N, D): its distance to its k-th nearest neighbour."""
     nearest = [torch.cdist(part, cloud).topk(k + 1, largest=False) for part in cloud.split(200)]
@@ -125,19 +125,19 @@ def radii(cloud: Tensor, k: int) -> Tensor:
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """Shares of `fake` (N, D) inside the manifold of `real` (M, D), and of real inside fake's."""
+    """Shares of `fake` (N, D) inside the cloud of `real` (M, D), and of real inside fake's."""
 
     def share_inside(points: Tensor, cloud: Tensor) -> float:
-        parts = points.split(200)
-        inside = [(torch.cdist(part, cloud) <= radii(cloud, k)).any(1) for part in parts]
+        reach = radii(cloud, k)
+        inside = [(torch.cdist(part, cloud) <= reach).any(1) for part in points.split(200)]
         return torch.cat(inside).double().mean().item()
 
     return share_inside(fake, real), share_inside(real, fake)
 
 
-@lru_cache(2)
+@lru_cache(2)  # the same object again for the same n, so that radii finds it in its cache
 def evenly(points: Tensor, n: int) -> Tensor:
-    return points[:: len(points) // n][:n]
+    return points[torch.arange(n, device=points.device) * len(points) // n]
 
 
 def score(judge: Judge, real: Tensor, samples: dict) -> dict:
@@ -146,7 +146,7 @@ def score(judge: Judge, real: Tensor, samples: dict) -> dict:
     phi, digits = features(judge, images)
     row = {key: value for key, value in samples.items() if key not in ("images", "labels")}
     row |= {"N": len(phi), "distance": frechet_distance(real, phi)}
-    faint = (images > 0) & (images < 16)  # noise that a step left in the black
+    faint = (images > 0) & (images < 16)  # mostly noise in the black; in digits, soft edges
     row["faint"] = faint.double().mean().item()
     row["cleaned"] = frechet_distance(real, features(judge, images.masked_fill(faint, 0))[0])
     n = min(len(real), len(phi))  # equally many of both
@@ -179,17 +179,17 @@ def load_set(path: Path, most: int) -> dict:
             samples = {"images": torch.stack([pil_to_tensor(file) for file in files])}
         else:
             samples = torch.load(path, map_location="cpu", weights_only=True)
-        images, labels = samples["images"], samples.get("labels", samples["images"])
+        images = samples["images"]
         assert images.dtype == torch.uint8
         assert images.shape[1:] == (1, 28, 28)
-        assert len(images) == len(labels) >= 5
+        assert len(images) == len(samples.get("labels", images)) >= 5  # labels are optional
     samples = {"method": str(path), "sampler": "", "steps": None} | samples
     samples.setdefault("network_calls", samples["steps"])
     return samples | {k: samples[k][:most] for k in ("images", "labels") if k in samples}
 
 
 def add_notes(rows: list[dict], args) -> None:
-    """Why a row stays out of plots and verdicts: a miniature, other digits or machine."""
+    """Why a row stays out: a miniature, other digits, not the usual machine, or unknown."""
     usual = statistics.mode([row.get("hardware") for row in rows if "args" in row] or [""])
     for row in rows:
         made = row.get("args", {})

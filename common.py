@@ -61,7 +61,7 @@ class Attention(nn.Module):
 
 
 def load_digits(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
-    """The first --train-images images (N, 1, 28, 28) in [-1, 1] and labels (N,), on args.device."""
+    """The first --train-images training or test digits (N, 1, 28, 28) in [-1, 1], labels (N,)."""
     if args.dataset == "synthetic":
         images, labels = synthetic_digits(args.train_images, seed=0 if train else 1)
         return images.to(args.device), labels.to(args.device)
@@ -85,7 +85,7 @@ def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def number(kind: type, low: float, high: float = 1e9):
-    def number(text: str):  # an argparse type, whose name stands in argparse's messages
+    def number(text: str):  # argparse shows this name: "invalid number value"
         if not low <= (value := kind(text)) <= high:
             raise argparse.ArgumentTypeError(f"{text}: must be {low:g} to {high:g}")
         return value
@@ -127,7 +127,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
         shipped = Path(__file__).parent / "weights" / f"{args.script}.pt"
         state = load_checkpoint(path if args.resume or path.exists() else shipped, args.script)
         if bad := [k for k, v in state["args"].items() if type(v) is not type(getattr(args, k, v))]:
-            sys.exit(f"{state['path']} holds options that do not fit: {bad}")
+            sys.exit(f"{state['path']} holds options of another type than here: {bad}")
         parser.set_defaults(**state["args"])
     args = parser.parse_args(argv, argparse.Namespace(checkpoint=path, state=state))
     if args.batch_size > args.train_images:
@@ -199,12 +199,12 @@ class Stage:
 
     def __iter__(self):
         args, total = self.args, self.epochs * self.steps
-        warm_up, self.decay = min(200, total / 10), 1 - 10 / max(total, 10)  # average: a tenth
+        warm_up, self.decay = min(200, total / 10), 1 - 10 / max(total, 10)  # ema: about a tenth
         self.slow, self.fast = ([x for x in net.state_dict().values() if x.is_floating_point()]
                                 for net in (self.ema, self.model))  # weights, BatchNorm's averages
         bar = tqdm(range(total), self.name, initial=self.done * self.steps, mininterval=1)
-        while self.done < self.epochs:
-            self.losses, start = [], time.perf_counter()  # each epoch has its seed, for --resume
+        while self.done < self.epochs:  # each epoch has its own seed, so that --resume repeats it
+            self.losses, start = [], time.perf_counter()
             self.rng = torch.Generator(args.device).manual_seed(self.done + 1000 * args.seed)
             order = torch.randperm(len(self.data[0]), generator=self.rng, device=args.device)
             for index in order.split(args.batch_size)[: self.steps]:  # all full
@@ -250,7 +250,7 @@ def origin(args: argparse.Namespace) -> dict:
     cpu = f"{torch.get_num_threads()} cores, {re.findall('model name.*: (.+)', text)[0]}"
     kept = {k: v for k, v in vars(args).items() if type(v) in (int, float, str, list)
             and k not in ("script", "device", "eval_samples", "files")}
-    return {"script": args.script, "args": kept,
+    return {"script": args.script, "args": kept | {"fast_dev": args.fast_dev},
             "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
             "torch": str(torch.__version__), "device": args.device}
 
@@ -273,7 +273,7 @@ def load_networks(state: dict, models: dict[str, nn.Module]) -> dict[str, nn.Mod
 
 def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
     """What sample(noise, rng) returns, and its seconds: the median of up to three runs."""
-    seconds = []  # the first warms up and counts only if a CPU is so slow that it is alone
+    seconds = []  # run 1 warms up; it counts only if it is alone: on a CPU, after 5 s or more
     while len(seconds) < (1 if noise.is_cpu else 2) or (len(seconds) < 4 and sum(seconds) < 5):
         start = time.perf_counter()
         images = sample(noise, torch.Generator(noise.device).manual_seed(seed))
@@ -314,7 +314,7 @@ def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
         rng = torch.Generator(args.device).manual_seed(args.seed)
         parts = tqdm(noise[:n].split(1000 if noise.is_cuda else 50), f"{n}, {made['name']}")
         made["images"] = torch.cat([to_uint8(sample(part, rng)) for part in parts])
-        if "classes" in made:  # asked for in turn; each part starts at 0
+        if "classes" in made:  # 0 ... 9, 0 ... in each part of 50 or 1000
             made["labels"] = torch.arange(n) % made["classes"]
         save(args.out_dir / f"eval_{made['file']}.pt", origin(args) | made)
 

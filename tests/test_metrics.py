@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 import torch
-from scripts import MODULES, ROOT, compare, one_line, options
+from scripts import MODULES, ROOT, compare, ddpm, one_line, options
 from torchvision.transforms.functional import gaussian_blur, to_pil_image
 
 import common
@@ -211,9 +211,11 @@ def test_all_five_claims_are_judged():
     assert len(CLAIMS) == len(compare.CLAIMS)  # each has a number of its own
 
 
-def test_unlike_runs_are_marked():
+def test_unlike_runs_are_marked(fast_dev):
     args = argparse.Namespace(fast_dev=False, dataset="mnist")
     made = {"fast_dev": False, "dataset": "mnist"}
+    assert common.origin(fast_dev(ddpm))["args"].items() >= {
+        "fast_dev": True, "dataset": "synthetic"}.items()
     epyc, xeon = "2 cores, AMD EPYC", "2 cores, Intel Xeon"
     rows = [{"args": made, "hardware": epyc}, {"args": made, "hardware": epyc},
             {"args": made, "hardware": xeon}, {"hardware": epyc},
