@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from double import Claimed, DeviceError, Generator, on_cuda
-from scripts import DRAWING, ROOT, cfg, compare, ddpm, flow, latent, latent_flow
+from scripts import DRAWING, ROOT, cfg, compare, ddpm, flow, latent, latent_flow, options
 
 import common
 
@@ -177,6 +177,28 @@ def test_a_checkpoint_of_cuda_is_exported_for_any_device(cuda, bench, tmp_path, 
     bench("export_weights").main()
     state = torch.load(tmp_path / "weights" / "01_ddpm_ddim.pt", weights_only=True)
     assert {x.device.type for x in state["networks"]["diffusion"].values()} == {"cpu"}
+
+
+def test_shipped_weights_can_be_trained_on(bench, tmp_path, monkeypatch):
+    def export(*typed):
+        monkeypatch.setattr(sys, "argv", ["export_weights.py", *map(str, typed)])
+        bench("export_weights").main()
+
+    flow.main(options(tmp_path / "first", "--epochs", "2", "--eval-samples", "0"))
+    export(tmp_path / "first" / "checkpoint.pt", "--to", tmp_path)
+    export("--back", tmp_path / "04_rectified_flow.pt", "--to", tmp_path / "on")
+    shipped, back = (torch.load(path, weights_only=True) for path in (
+        tmp_path / "04_rectified_flow.pt", tmp_path / "on" / "checkpoint.pt"))
+    assert {name: done for name, (done, _, _) in back["training"].items()} == {
+        "flow": 2, "reflow": 4}
+    assert back["history"] == shipped["history"]
+    for name, (_, weights, _) in back["training"].items():
+        for key, weight in shipped["networks"][name].items():
+            assert torch.equal(weights[key], weight.float())
+    flow.main(["--device", "cpu", "--out-dir", str(tmp_path / "on"), "--resume", "--epochs", "3",
+               "--eval-samples", "0"])
+    history = torch.load(tmp_path / "on" / "checkpoint.pt", weights_only=True)["history"]
+    assert [epoch["epoch"] for epoch in history if epoch["stage"] == "flow"] == [1, 2, 3]
 
 
 # ---------------------------------------------------------------------------- the CUDA graphs
