@@ -178,7 +178,7 @@ class Muon(torch.optim.AdamW):
                 q = 3.4445 * eye + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 p, gram = q @ p, q @ gram @ q
             for w, step in zip(weights, 10 * group["lr"] * p @ m):
-                w.mul_(1 - group["lr"]).sub_(step.view_as(w))  # weight decay 0.1
+                w.mul_(1 - group["lr"]).sub_(step.view_as(w))  # weight decay: 0.1 × 10 lr
                 w.grad = None  # so AdamW leaves it alone
         super().step()
 
@@ -288,7 +288,7 @@ def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
     losses = {stage: [(epoch["epoch"], epoch["loss"]) for epoch in history
                       if epoch["stage"] == stage] for stage in networks}
     save_plot(args.out_dir / "loss.png", losses, title="Loss", xlabel="epoch", yscale="log")
-    large = noise.repeat(63, 1, 1, 1)[: 1000 if noise.is_cuda else 64]
+    large = noise.repeat(63, 1, 1, 1)[: 1000 if noise.is_cuda else 64]  # 16 noises, repeated
     for made, sample in samplers:
         images, seconds = time_sampler(sample, noise, args.seed)
         title = f"{made['name']}: {len(noise)} digits in {seconds:.3f} s"

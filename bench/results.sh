@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# All tables and plots of RESULTS.md that compare samplers, from the weights that we ship, on one
+# machine, one script after the other.
+#
+#     bash bench/results.sh                  sets of 5,000: hours on a CPU
+#     SAMPLES=1000 bash bench/results.sh     sets of 1,000
+#     bash bench/results.sh --dry-run DIR    in miniature
+#
+# A script that is done is not repeated: after a stop, call it again. Everything is in runs/results
+# (or DIR): the tables in results.md, pictures in <script>/, plots in 05_compare_N/. On a CPU,
+# samplers of more than 100 network calls make at most 1,000 images, so there is a second table, of
+# 1,000 each. Pictures and plots replace those in assets/ (not with --dry-run).
+# Needs MNIST in data/, or a way to download it. PYTHON=... names another interpreter.
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python} samples=${SAMPLES:-5000} few=1000 out=runs/results
+declare -A small
+if [ "${1-}" = --dry-run ]; then
+    out=${2:?a folder for the results} samples=10 few=5
+    for script in 01_ddpm_ddim 02_latent_diffusion 03_cfg; do
+        small[$script]="--timesteps 3 --ddim-steps 2"
+    done
+    small[01_ddpm_ddim]+=" --ddim-sweep 1"
+    small[03_cfg]+=" --guidance-sweep 1"
+    small[04_rectified_flow]="--steps 1" small[04b_latent_rflow]="--steps 1"
+    small[05_compare]="--fast-dev --epochs 1"
+fi
+mkdir -p "$out"
+
+stage() { # its name, then its command; what it prints goes to NAME.txt
+    local name=$1
+    shift
+    [ -e "$out/$name.txt" ] && return
+    echo "$name: $*"
+    "$@" >"$out/$name.part"
+    mv "$out/$name.part" "$out/$name.txt"
+}
+
+for script in 01_ddpm_ddim 02_latent_diffusion 03_cfg 04_rectified_flow 04b_latent_rflow; do
+    stage $script "$python" $script.py --sample-only --device cpu --eval-samples "$samples" \
+        --out-dir "$out/$script" ${small[$script]-}
+done
+for n in "$samples" "$few"; do
+    stage "05_compare_$n" "$python" 05_compare.py --device cpu --runs "$out" --eval-samples "$n" \
+        --out-dir "$out/05_compare_$n" ${small[05_compare]-}
+done
+cat "$out/05_compare_$samples/comparison.md" "$out/05_compare_$few/comparison.md" >"$out/results.md"
+for old in assets/0*; do # assets/01_path.gif is runs/results/01_ddpm_ddim/path.gif
+    name=$(basename "$old")
+    for new in "$out/${name%%_*}_"*/"${name#*_}"; do
+        if [ -e "$new" ] && [ ${#small[@]} = 0 ]; then
+            cp "$new" "$old"
+            break # the plots of 1,000 are those of the second table
+        fi
+    done
+done
+echo "all is done: $out/results.md"
