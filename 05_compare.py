@@ -163,7 +163,7 @@ def train(args) -> dict[str, nn.Module]:
     torch.manual_seed(args.seed)
     model = make_models(args)["judge"]
     stage = common.Stage(args, "judge", model, args.epochs, args.lr, images, labels)
-    shifts = torch.randint(-2, 3, (args.epochs * stage.steps, 2)).tolist()
+    shifts = torch.randint(-2, 3, (args.epochs * stage.steps, 2)).tolist()  # one a batch
     for i, (x, y) in enumerate(stage, stage.done * stage.steps):
         x = x.roll(shifts[i], (2, 3))
         stage.step(F.cross_entropy(stage.model(x), y, label_smoothing=0.05))
@@ -200,8 +200,8 @@ def add_notes(rows: list[dict], args) -> None:
         row["note"] = ", ".join(note for note, applies in notes.items() if applies)
 
 
-LIKE = 1.25  # our reading of "as good as": at most this many times the other's distance
-CLAIMS = [  # claim of the report; the set it is about; the set beside it; rules: key, sign, times
+LIKE = 1.25  # our reading of "as good as": at most this many times the distance (claims 4: once)
+CLAIMS = [  # claim (README names the report), its set, the set beside it, rules: key, sign, times
     ("1a. DDIM-100 is many times faster than DDPM", ("diffusion", "DDIM", 100),
      ("diffusion", "DDPM", 1000), [("seconds", "<=", 0.2)]),
     ("1b. ... and almost as good", ("diffusion", "DDIM", 100),
@@ -222,7 +222,7 @@ CLAIMS = [  # claim of the report; the set it is about; the set beside it; rules
 
 
 def find(rows: list[dict], wanted: tuple) -> dict:
-    """The row of a method, sampler, number of steps and, if it is given, guidance."""
+    """The first row of a method, sampler, number of steps and, if it is given, guidance."""
     for row in rows:
         if all(row.get(key) == value for key, value in zip(COLUMNS, wanted)):
             return row
