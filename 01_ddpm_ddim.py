@@ -75,7 +75,7 @@ class UNet(nn.Module):
 
     def __init__(self, width: int, t_max: float):
         super().__init__()
-        c1, c2, c_time = width, 2 * width, 4 * width
+        c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width
         self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
         self.time = nn.Sequential(
             nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time), nn.SiLU()
@@ -85,11 +85,11 @@ class UNet(nn.Module):
         self.down0_to_1 = nn.Conv2d(c1, c1, 3, stride=2, padding=1)
         self.down1 = ResBlock(c1, c2, c_time)
         self.down1_attention = Attention(c2)
-        self.down1_to_mid = nn.Conv2d(c2, c2, 3, stride=2, padding=1)
-        self.mid1 = ResBlock(c2, c2, c_time)
-        self.mid_attention = Attention(c2)
-        self.mid2 = ResBlock(c2, c2, c_time)
-        self.mid_to_up0 = nn.Conv2d(c2, c2, 3, padding=1)
+        self.down1_to_mid = nn.Conv2d(c2, c3, 3, stride=2, padding=1)
+        self.mid1 = ResBlock(c3, c3, c_time)
+        self.mid_attention = Attention(c3)
+        self.mid2 = ResBlock(c3, c3, c_time)
+        self.mid_to_up0 = nn.Conv2d(c3, c2, 3, padding=1)
         self.up0 = ResBlock(2 * c2, c2, c_time)
         self.up0_attention = Attention(c2)
         self.up0_to_1 = nn.Conv2d(c2, c1, 3, padding=1)
@@ -102,7 +102,7 @@ class UNet(nn.Module):
         emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))
         h0 = self.down0(self.conv_in(x), emb)  # (B, c1, H, W)
         h1 = self.down1_attention(self.down1(self.down0_to_1(h0), emb))  # (B, c2, H/2, W/2)
-        h = self.mid1(self.down1_to_mid(h1), emb)  # (B, c2, H/4, W/4)
+        h = self.mid1(self.down1_to_mid(h1), emb)  # (B, c3, H/4, W/4)
         h = self.mid2(self.mid_attention(h), emb)
         h = self.mid_to_up0(F.interpolate(h, scale_factor=2.0))  # (B, c2, H/2, W/2)
         h = self.up0_attention(self.up0(torch.cat([h, h1], dim=1), emb))

@@ -37,7 +37,9 @@ def seeded(seed: int) -> torch.Generator:
 def test_siblings_share_their_text(modules, names):
     for name in names:
         texts = [inspect.getsource(getattr(module, name)) for module in modules]
-        assert len({text.replace("a latent", "an image") for text in texts}) == 1, name
+        texts = [text.replace("a latent", "an image") for text in texts]
+        texts = [text.replace(", 4 * width, 4 * width", ", 2 * width, 4 * width") for text in texts]
+        assert len({*texts}) == 1, name  # but for c3
 
 
 @pytest.mark.parametrize("name", ["uniform", "logit-normal", "u-shaped", "half-at-0", "all-at-0"])

@@ -1,0 +1,240 @@
+"""MeanFlow on MNIST: one step from noise to digits, without pairs.
+
+04 needs a second training for one step: it makes pairs of noise and image, and trains on these
+(reflow). MeanFlow learns one step from images alone. The network does not predict the velocity at
+a point of the path, but the average velocity u from there to a later time r. Then one step of
+u from t = 0 to r = 1 reaches the image, however much the path bends. Nobody can show the network
+an average velocity, for that would take a whole path. But u obeys a law that holds at each point
+(below), and to train on the law takes the network's own derivative along the path.
+
+    u(x_t, t, r) = 1/(r-t) ∫ v(x_s, s) ds, s = t ... r     Geng et al. 2025, Eq. 3
+    u(x_t, t, t) = v(x_t, t), the velocity of 04           the limit r → t
+    law:   u = v + (r-t) du/dt                             Geng, Eq. 6, with our direction of time
+           du/dt = ∂u/∂x · v + ∂u/∂t, r fixed              Geng, Eq. 8
+    loss = E log(‖(x_1 - x_0) + (r-t) du/dt - u_θ‖² + c)   Geng, Eq. 9 and 22; no gradient of du/dt
+    sample: x_r = x_t + (r-t) u_θ(x_t, t, r)               Geng, Eq. 12; one step: t = 0, r = 1
+
+    paper           code                      shape
+    x_0, x_1        x0, x1                    (B, 1, 28, 28), noise and image, as in 04
+    t <= r          t, r                      (B,) from 0, noise, to 1, data; in the paper the
+                                              reverse: its t is 1 minus ours, as is its r
+    u_θ(x_t, t, r)  u = model(x_t, t, r)      (B, 1, 28, 28)
+    du/dt           du_dt                     (B, 1, 28, 28), along the path
+
+Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate by t: -u + (r-t) du/dt = -v.
+Why log? Its gradient is that of the squared error, divided by the error: Geng's adaptive weight
+with p = 1. Without it, the few points with a large du/dt would drown the others.
+
+The network is that of 04 with a second time, r - t, which at first adds nothing. So we start from
+the weights of 04's flow, and before training u is v. For half of the images r = t: they keep v.
+
+    python bench/meanflow.py                    from the flow in weights/, for a GPU
+    python bench/meanflow.py --flow FILE        from the flow in a checkpoint of 04
+
+A draft: what it draws has not been measured yet, beside the reflow of 04 for the same minutes.
+"""
+
+import importlib
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+common = importlib.import_module("common")
+Attention, ResBlock, number = common.Attention, common.ResBlock, common.number
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = common.make_parser(__file__, "MeanFlow on MNIST.", 10, 128, 1e-3)
+    add, count = parser.add_argument, number(int, 1)
+    shipped = ROOT / "weights" / "04_rectified_flow.pt"
+    add("--flow", type=Path, default=shipped, help="checkpoint of 04 whose flow to start from")
+    add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
+    add("--steps", type=count, nargs="+", default=[1, 2, 5, 10], help="of the sampler")
+    add("--equal", type=number(float, 0, 1), default=0.5, help="share of images with r = t")
+    add("--tangent", choices=["own", "pair"], default="own", help="which v du/dt follows")
+    add("--derivative", choices=["jvp", "difference"], default="jvp", help="how to get du/dt")
+    tiny = {"dataset": "synthetic", "train_images": 64, "epochs": 3, "batch_size": 16,
+            "steps": [1, 2], "eval_samples": 20}
+    return common.parse(parser, argv, tiny)
+
+
+class UNet(nn.Module):
+    """vs 04: also takes r (B,), the later time; images (B, 1, H, W), t <= r from 0 to 1."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        c1, c2, c3, c_time = width, 2 * width, 4 * width, 4 * width
+        self.c_time = c_time
+        self.time = nn.Sequential(
+            nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time), nn.SiLU()
+        )
+        self.gap = nn.Sequential(
+            nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time, bias=False)
+        )
+        nn.init.zeros_(self.gap[-1].weight)  # at first r makes no difference
+        self.conv_in = nn.Conv2d(1, c1, 3, padding=1)
+        self.down0 = ResBlock(c1, c1, c_time)
+        self.down0_to_1 = nn.Conv2d(c1, c1, 3, stride=2, padding=1)
+        self.down1 = ResBlock(c1, c2, c_time)
+        self.down1_attention = Attention(c2)
+        self.down1_to_mid = nn.Conv2d(c2, c3, 3, stride=2, padding=1)
+        self.mid1 = ResBlock(c3, c3, c_time)
+        self.mid_attention = Attention(c3)
+        self.mid2 = ResBlock(c3, c3, c_time)
+        self.mid_to_up0 = nn.Conv2d(c3, c2, 3, padding=1)
+        self.up0 = ResBlock(2 * c2, c2, c_time)
+        self.up0_attention = Attention(c2)
+        self.up0_to_1 = nn.Conv2d(c2, c1, 3, padding=1)
+        self.up1 = ResBlock(2 * c1, c1, c_time)
+        self.norm_out = nn.GroupNorm(8, c1)
+        self.conv_out = nn.Conv2d(c1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        emb = self.time(common.timestep_embedding(t * 1000, self.c_time))
+        emb = emb + self.gap(common.timestep_embedding((r - t) * 100, self.c_time))
+        h0 = self.down0(self.conv_in(x), emb)  # (B, c1, H, W)
+        h1 = self.down1_attention(self.down1(self.down0_to_1(h0), emb))  # (B, c2, H/2, W/2)
+        h = self.mid1(self.down1_to_mid(h1), emb)  # (B, c3, H/4, W/4)
+        h = self.mid2(self.mid_attention(h), emb)
+        h = self.mid_to_up0(F.interpolate(h, scale_factor=2.0))  # (B, c2, H/2, W/2)
+        h = self.up0_attention(self.up0(torch.cat([h, h1], dim=1), emb))
+        h = self.up0_to_1(F.interpolate(h, scale_factor=2.0))  # (B, c1, H, W)
+        h = self.up1(torch.cat([h, h0], dim=1), emb)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 1, H, W)
+
+
+def make_models(args) -> dict[str, nn.Module]:
+    return {"meanflow": UNet(args.width).to(args.device, memory_format=torch.channels_last)}
+
+
+def draw_times(n: int, equal: int, rng, device="cpu") -> tuple[Tensor, Tensor]:
+    """t <= r, (n,) each: the smaller and the larger of two logit-normal draws; for the first
+    `equal` images, r = t is one draw."""
+    times = torch.randn(2, n, generator=rng, device=device).sigmoid()
+    times[1, :equal] = times[0, :equal]
+    return times.min(0).values, times.max(0).values
+
+
+@torch.no_grad()
+def total_derivative(model, x: Tensor, t: Tensor, r: Tensor, v: Tensor, by: str) -> Tensor:
+    """du/dt = ∂u/∂x · v + ∂u/∂t at x (B, ...), t and r (B,): the change of u along the path.
+
+    "jvp" is exact; "difference" compares u at 0.01 before and after t, and sees less of
+    the fast wiggles that the time embedding of 04 has.
+    """
+    if by == "jvp":
+        with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no forward mode
+            return torch.func.jvp(lambda x, t: model(x, t, r), (x, t), (v, torch.ones_like(t)))[1]
+    h = 0.01
+    return (model(x + h * v, t + h, r) - model(x - h * v, t - h, r)) / (2 * h)
+
+
+def meanflow_loss(
+    model, x0: Tensor, x1: Tensor, t: Tensor, r: Tensor, equal=0, tangent="own", by="jvp"
+) -> Tensor:
+    """Geng et al. 2025, Eq. 9, with the adaptive weight of Eq. 22 for p = 1.
+
+    x0, noise, and x1, data: (B, ...); t <= r: (B,) in [0, 1], with r = t for the first `equal`.
+    du/dt follows the network's own velocity u(x_t, t, t), or that of the pair, x1 - x0.
+    """
+    t_, r_ = (time.view(-1, *[1] * (x0.dim() - 1)) for time in (t, r))
+    x_t, target = (1 - t_) * x0 + t_ * x1, x1 - x0
+    with torch.no_grad():
+        x, s, e = x_t[equal:], t[equal:], r[equal:]  # where r = t the law is u = v
+        v = model(x, s, s) if tangent == "own" else target[equal:]
+        du_dt = total_derivative(model, x, s, e, v, by)
+        target[equal:] += (r_ - t_)[equal:] * du_dt
+    error = (target - model(x_t, t, r)).square().flatten(1).sum(1)
+    return (error + 0.01).log().mean()
+
+
+def even_times(steps: int) -> list[float]:
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float64).tolist()
+
+
+@torch.no_grad()
+def meanflow_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
+    """From noise x0 (B, ...) to an image: each step goes straight to the next time by the average
+    velocity (Geng et al. 2025, Algorithm 2). trace(t, x_t), if given, sees every step.
+    """
+    x = x0
+    for t, r in tqdm(list(pairwise(even_times(steps))), "MeanFlow", leave=False, delay=2):
+        if trace:
+            trace(t, x)
+        both = torch.tensor([[t], [r]], device=x.device).expand(2, len(x))
+        x = x + (r - t) * model(x, *both)
+    return x
+
+
+def train(args) -> dict[str, nn.Module]:
+    """Train the average velocity, from the weights of 04's flow."""
+    images, labels = common.load_digits(args)
+    torch.manual_seed(args.seed)
+    model = make_models(args)["meanflow"]
+    start_from_flow(args, model)
+    stage = common.Stage(args, "meanflow", model, args.epochs, args.lr, images, labels)
+    equal, how = round(args.equal * args.batch_size), (args.tangent, args.derivative)
+    for x1, _ in stage:
+        x0 = torch.randn(x1.shape, generator=stage.rng, device=x1.device)
+        t, r = draw_times(len(x1), equal, stage.rng, x1.device)
+        stage.step(meanflow_loss(stage.model, x0, x1, t, r, equal, *how))
+    return {"meanflow": stage.ema}
+
+
+def start_from_flow(args, model: UNet) -> None:
+    """All weights but those of the gap from the flow that a checkpoint of 04 holds."""
+    flow = common.load_checkpoint(args.flow, "04_rectified_flow")["networks"].get("flow", {})
+    with common.one_line_error(f"the flow in {args.flow} does not fit --width {args.width}"):
+        missing, unexpected = model.load_state_dict(flow, strict=False)
+        assert not unexpected and all(name.startswith("gap.") for name in missing)
+
+
+def make_figures(args, meanflow: nn.Module) -> None:
+    """16 digits from the same noise by every sampler: pictures, timings, sets for 05."""
+    net = common.as_function(meanflow, args)
+    rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
+    noise = torch.randn(16, 1, 28, 28, generator=rng).to(args.device)
+    draw_path(args, net, noise)
+
+    samplers = []
+    for n in sorted({*args.steps}):
+        name = f"MeanFlow, {n} step{'s' * (n > 1)}"
+        made = {"name": name, "method": "MeanFlow", "sampler": "MeanFlow", "steps": n}
+        samplers.append((made, lambda x, rng, n=n: meanflow_sample(net, x, n)))
+    common.measure(args, samplers, noise, "Columns share their noise")
+
+
+def draw_path(args, net, x0: Tensor) -> None:
+    """Eight digits on their way in 20 steps, and below them where one step from there ends."""
+    path = []
+    meanflow_sample(net, x0[:8], 20, trace=lambda t, x: path.append((t, x)))
+    film = []
+    for t, x in path:
+        both = torch.tensor([[t], [1.0]], device=x.device).expand(2, len(x))
+        film.append(torch.cat([x, x + (1 - t) * net(x, *both)]))
+    common.save_gif(film, args.out_dir / "path.gif", columns=8)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        if args.sample_only:
+            models = common.load_networks(args.state, make_models(args))
+        else:
+            models = train(args)
+        make_figures(args, **models)
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; --resume continues from {args.checkpoint} after its last epoch")
+    print(f"the results are in {args.out_dir}")
+
+
+if __name__ == "__main__":
+    main()
