@@ -7,12 +7,12 @@ u from t = 0 to r = 1 reaches the image, however much the path bends. Nobody can
 an average velocity, for that would take a whole path. But u obeys a law that holds at each point
 (below), and to train on the law takes the network's own derivative along the path.
 
-    u(x_t, t, r) = 1/(r-t) ∫ v(x_s, s) ds, s = t ... r     Geng et al. 2025, Eq. 3
+    u(x_t, t, r) = 1/(r-t) ∫ v(x_s, s) ds, s = t ... r     Geng et al. 2025
     u(x_t, t, t) = v(x_t, t), the velocity of 04           the limit r → t
-    law:   u = v + (r-t) du/dt                             Geng, Eq. 6, with our direction of time
-           du/dt = ∂u/∂x · v + ∂u/∂t, r fixed              Geng, Eq. 8
-    loss = E log(‖(x_1 - x_0) + (r-t) du/dt - u_θ‖² + c)   Geng, Eq. 9 and 22; no gradient of du/dt
-    sample: x_r = x_t + (r-t) u_θ(x_t, t, r)               Geng, Eq. 12; one step: t = 0, r = 1
+    law:   u = v + (r-t) du/dt                             Geng et al., with our direction of time
+           du/dt = ∂u/∂x · v + ∂u/∂t, r fixed              the chain rule
+    loss = E log(‖(x_1 - x_0) + (r-t) du/dt - u_θ‖² + c)   no gradient flows through du/dt
+    sample: x_r = x_t + (r-t) u_θ(x_t, t, r)               one step: t = 0, r = 1
 
     paper           code                      shape
     x_0, x_1        x0, x1                    (B, 1, 28, 28), noise and image, as in 04
@@ -23,7 +23,7 @@ an average velocity, for that would take a whole path. But u obeys a law that ho
 
 Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate by t: -u + (r-t) du/dt = -v.
 Why log? Its gradient is that of the squared error, divided by the error: Geng's adaptive weight
-with p = 1. Without it, the few points with a large du/dt would drown the others.
+with p = 1. It is meant to keep a few points with a large du/dt from drowning the others.
 
 The network is that of 04 with a second time, r - t, which at first adds nothing. So we start from
 the weights of 04's flow, and before training u is v. For half of the images r = t: they keep v.
@@ -140,7 +140,7 @@ def total_derivative(model, x: Tensor, t: Tensor, r: Tensor, v: Tensor, by: str)
 def meanflow_loss(
     model, x0: Tensor, x1: Tensor, t: Tensor, r: Tensor, equal=0, tangent="own", by="jvp"
 ) -> Tensor:
-    """Geng et al. 2025, Eq. 9, with the adaptive weight of Eq. 22 for p = 1.
+    """The loss of Geng et al. 2025, with their adaptive weight for p = 1, as a logarithm.
 
     x0, noise, and x1, data: (B, ...); t <= r: (B,) in [0, 1], with r = t for the first `equal`.
     du/dt follows the network's own velocity u(x_t, t, t), or that of the pair, x1 - x0.
@@ -163,7 +163,7 @@ def even_times(steps: int) -> list[float]:
 @torch.no_grad()
 def meanflow_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
     """From noise x0 (B, ...) to an image: each step goes straight to the next time by the average
-    velocity (Geng et al. 2025, Algorithm 2). trace(t, x_t), if given, sees every step.
+    velocity (Geng et al. 2025). trace(t, x_t), if given, sees every step.
     """
     x = x0
     for t, r in tqdm(list(pairwise(even_times(steps))), "MeanFlow", leave=False, delay=2):
