@@ -271,7 +271,7 @@ def train(args) -> dict[str, nn.Module]:
     models = make_models(args)
     stage = common.Stage(args, "vae", models["vae"], args.vae_epochs, args.vae_lr, images)
     for (x,) in stage:
-        stage.step(vae_loss(stage.model, x, args.kl_weight, stage.rng))
+        stage.step(vae_loss(stage.model, x, args.kl_weight))
     vae = stage.ema  # fixed from here on
     all_mu, all_logvar = encode_all(vae, images)
     vae.mean.copy_(all_mu.mean(0))
@@ -281,8 +281,8 @@ def train(args) -> dict[str, nn.Module]:
     model = models["diffusion"]
     stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, all_mu, all_logvar)
     for mu, logvar in stage:
-        x0 = vae.to_latent(mu, logvar, stage.rng)  # vs 01: x_0 is a latent, drawn anew each time
-        stage.step(diffusion_loss(stage.model, schedule, x0, rng=stage.rng))
+        x0 = vae.to_latent(mu, logvar)  # vs 01: x_0 is a latent, drawn anew each time
+        stage.step(diffusion_loss(stage.model, schedule, x0))
     return {"diffusion": stage.ema, "vae": vae}
 
 

@@ -90,7 +90,7 @@ class UNet(nn.Module):
 
     def __init__(self, width: int, t_max: float, tokens: int):
         super().__init__()
-        c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width
+        c1, c2, c3, c_time = width, 2 * width, 4 * width, 4 * width
         self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
         self.time = nn.Sequential(
             nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time), nn.SiLU()
@@ -254,7 +254,7 @@ def train(args) -> dict[str, nn.Module]:
     stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, images, labels)
     dropout = args.label_dropout
     for x0, labels in stage:
-        stage.step(diffusion_loss(stage.model, schedule, x0, labels, dropout, rng=stage.rng))
+        stage.step(diffusion_loss(stage.model, schedule, x0, labels, dropout))
     return {"diffusion": stage.ema}
 
 

@@ -197,8 +197,8 @@ def train(args) -> dict[str, nn.Module]:
         shutil.rmtree(folder, ignore_errors=True)
         args.state["networks"].pop("reflow", None)
     for x1, _ in stage:
-        x0 = torch.randn(x1.shape, generator=stage.rng, device=x1.device)
-        u = torch.rand(len(x1), generator=stage.rng, device=x1.device)
+        x0 = torch.randn_like(x1)
+        u = torch.rand(len(x1), device=x1.device)
         stage.step(flow_loss(stage.model, x0, x1, T_DENSITIES[args.flow_t](u)))
     flow = stage.ema
     pairs = load_pairs(args, common.as_function(flow, args), folder, images)
@@ -206,7 +206,7 @@ def train(args) -> dict[str, nn.Module]:
     model.load_state_dict(flow.state_dict())
     stage = common.Stage(args, "reflow", model, args.reflow_epochs, lr, *pairs)
     for x0, x1 in stage:
-        u = torch.rand(len(x1), generator=stage.rng, device=x1.device)
+        u = torch.rand(len(x1), device=x1.device)
         t = T_DENSITIES[args.reflow_t](u)
         stage.step(flow_loss(stage.model, x0.float(), x1.float(), t, error=F.l1_loss))
     return {"flow": flow, "reflow": stage.ema}

@@ -255,9 +255,9 @@ def train(args) -> dict[str, nn.Module]:
         shutil.rmtree(folder, ignore_errors=True)
         args.state["networks"].pop("reflow", None)
     for mu, logvar in stage:
-        x1 = vae.to_latent(mu, logvar, stage.rng)  # vs 04: x_1 is a latent
-        x0 = torch.randn(x1.shape, generator=stage.rng, device=x1.device)
-        u = torch.rand(len(x1), generator=stage.rng, device=x1.device)
+        x1 = vae.to_latent(mu, logvar)  # vs 04: x_1 is a latent
+        x0 = torch.randn_like(x1)
+        u = torch.rand(len(x1), device=x1.device)
         stage.step(flow_loss(stage.model, x0, x1, T_DENSITIES[args.flow_t](u)))
     flow = stage.ema
     latents = vae.to_latent(*data, torch.Generator(args.device).manual_seed(args.seed))
@@ -266,7 +266,7 @@ def train(args) -> dict[str, nn.Module]:
     model.load_state_dict(flow.state_dict())
     stage = common.Stage(args, "reflow", model, args.reflow_epochs, lr, *pairs)
     for x0, x1 in stage:
-        u = torch.rand(len(x1), generator=stage.rng, device=x1.device)
+        u = torch.rand(len(x1), device=x1.device)
         t = T_DENSITIES[args.reflow_t](u)
         stage.step(flow_loss(stage.model, x0.float(), x1.float(), t, error=F.l1_loss))
     return {"flow": flow, "reflow": stage.ema, "vae": vae}

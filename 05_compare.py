@@ -163,9 +163,10 @@ def train(args) -> dict[str, nn.Module]:
     torch.manual_seed(args.seed)
     model = make_models(args)["judge"]
     stage = common.Stage(args, "judge", model, args.epochs, args.lr, images, labels)
-    shifts = torch.randint(-2, 3, (args.epochs * stage.steps, 2)).tolist()  # one a batch
-    for i, (x, y) in enumerate(stage, stage.done * stage.steps):
-        x = x.roll(shifts[i], (2, 3))
+    for x, y in stage:
+        shifts = torch.randint(-2, 3, (2, 1), device=x.device)  # one a batch, in each direction
+        rows, columns = (torch.arange(28, device=x.device) + shifts) % 28
+        x = x[:, :, rows[:, None], columns]
         stage.step(F.cross_entropy(stage.model(x), y, label_smoothing=0.05))
     return {"judge": stage.ema}
 

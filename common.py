@@ -167,18 +167,21 @@ class Muon(torch.optim.AdamW):
     def step(self) -> None:
         group = self.param_groups[0]
         convolutions = [w for w in group["params"] if w.dim() == 4 and min(w.shape[:2]) >= 16]
-        for shape in {tuple(w.shape) for w in convolutions}:  # a batch for each shape
-            weights = [w for w in convolutions if w.shape == shape]
-            g = torch.stack([w.grad.flatten(1) for w in weights])
-            mean = self.state[shape] = self.state.get(shape, 0 * g).to(g.device).lerp(g, 0.05)
+        for rows in {len(w) for w in convolutions}:  # matrices of as many rows in one batch
+            weights, key = [w for w in convolutions if len(w) == rows], f"{rows} rows"
+            widest = max(w[0].numel() for w in weights)  # zeros change no singular value
+            g = torch.stack([nn.functional.pad(w.grad.flatten(1), (0, widest - w[0].numel()))
+                             for w in weights])
+            mean = self.state[key] = self.state.get(key, 0 * g).to(g.device).lerp_(g, 0.05)
             m = nn.functional.normalize(mean, dim=(1, 2))
-            gram, eye = m @ m.mT, torch.eye(shape[0], device=g.device)
+            gram, eye = m @ m.mT, torch.eye(rows, device=g.device)
             p = eye
             for _ in range(5):  # Newton and Schulz: singular values of p m near 1
                 q = 3.4445 * eye + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 p, gram = q @ p, q @ gram @ q
             for w, step in zip(weights, 10 * group["lr"] * p @ m):
-                w.mul_(1 - group["lr"]).sub_(step.view_as(w))  # weight decay: 0.1 × 10 lr
+                step = step[:, : w[0].numel()].reshape(w.shape)  # without the padding
+                w.mul_(1 - group["lr"]).sub_(step)  # weight decay: 0.1 × 10 lr
                 w.grad = None  # so AdamW leaves it alone
         super().step()
 
@@ -198,27 +201,41 @@ class Stage:
                 self.optimizer.load_state_dict(state)
 
     def __iter__(self):
-        args, total = self.args, self.epochs * self.steps
+        """Batches. On CUDA the fourth turn of the loop is recorded as a graph, and then replayed:
+        so the body of the loop has to do the same for every batch, on the GPU alone."""
+        args, total, graph = self.args, self.epochs * self.steps, None
+        first, graphs = self.done * self.steps, args.device == "cuda" and not args.no_graphs
+        index = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
+        lr = torch.zeros((), device=args.device)  # tensors, so that the graph reads them anew
+        self.optimizer.param_groups[0].update(lr=lr, capturable=args.device == "cuda")
         warm_up, self.decay = min(200, total / 10), 1 - 10 / max(total, 10)  # ema: about a tenth
         self.slow, self.fast = ([x for x in net.state_dict().values() if x.is_floating_point()]
                                 for net in (self.ema, self.model))  # weights, BatchNorm's averages
-        bar = tqdm(range(total), self.name, initial=self.done * self.steps, mininterval=1)
+        bar = tqdm(range(total), self.name, initial=first, mininterval=1)
         while self.done < self.epochs:  # each epoch has its own seed, so that --resume repeats it
             self.losses, start = [], time.perf_counter()
-            self.rng = torch.Generator(args.device).manual_seed(self.done + 1000 * args.seed)
-            order = torch.randperm(len(self.data[0]), generator=self.rng, device=args.device)
-            for index in order.split(args.batch_size)[: self.steps]:  # all full
+            torch.manual_seed(self.done + 1000 * args.seed)
+            order = torch.randperm(len(self.data[0]), device=args.device)
+            for chosen in order.split(args.batch_size)[: self.steps]:  # all full
                 i = self.done * self.steps + len(self.losses)
-                lr = self.lr * min((i + 1) / warm_up, 1) * (1 - i / total)  # up, then down to zero
-                self.optimizer.param_groups[0]["lr"] = lr
-                yield [part[index] for part in self.data]
+                lr.fill_(self.lr * min((i + 1) / warm_up, 1) * (1 - i / total))  # up, down to zero
+                index.copy_(chosen)
+                if graphs and i == first + 3:
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):  # computes nothing yet
+                        yield [part[index] for part in self.data]
+                elif not graph:
+                    yield [part[index] for part in self.data]
+                if graph:
+                    graph.replay()
+                self.losses.append(self.loss.clone())
                 if bar.update():  # once a second, since reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(self.losses[-100:]).mean().item())
             loss, seconds = torch.stack(self.losses).mean().item(), time.perf_counter() - start
             if not loss < 1e9:  # it may be infinite, or no number
                 sys.exit(f"the loss became {loss}: try a lower --lr (the last checkpoint is kept)")
             self.done += 1
-            epoch = {"stage": self.name, "epoch": self.done, "loss": loss, "lr": lr}
+            epoch = {"stage": self.name, "epoch": self.done, "loss": loss, "lr": lr.item()}
             rate = self.steps * args.batch_size / seconds
             args.state["history"].append(epoch | {"seconds": seconds, "images_per_second": rate})
             self.save_all()
@@ -228,7 +245,7 @@ class Stage:
         loss.backward()
         self.optimizer.step()
         torch._foreach_lerp_(self.slow, self.fast, 1 - self.decay)
-        self.losses.append(loss.detach())
+        self.loss = loss.detach()
 
     def save_all(self) -> None:
         args, state, history = self.args, self.args.state, self.args.state["history"]

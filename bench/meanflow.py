@@ -183,8 +183,8 @@ def train(args) -> dict[str, nn.Module]:
     stage = common.Stage(args, "meanflow", model, args.epochs, args.lr, images, labels)
     equal, how = round(args.equal * args.batch_size), (args.tangent, args.derivative)
     for x1, _ in stage:
-        x0 = torch.randn(x1.shape, generator=stage.rng, device=x1.device)
-        t, r = draw_times(len(x1), equal, stage.rng, x1.device)
+        x0 = torch.randn_like(x1)
+        t, r = draw_times(len(x1), equal, None, x1.device)
         stage.step(meanflow_loss(stage.model, x0, x1, t, r, equal, *how))
     return {"meanflow": stage.ema}
 

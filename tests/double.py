@@ -24,7 +24,7 @@ class DeviceError(RuntimeError):
     """CUDA would have refused."""
 
 
-recording = []  # not empty while a CUDA graph is recorded
+recording = []  # the graphs that are being recorded: one or none
 
 
 def is_cuda(device) -> bool:
@@ -73,12 +73,47 @@ class Claimed(torch.Tensor):
                 return claimed[id(x)] if id(x) in claimed else Claimed(x)
             return x
 
-        return tree_map(wrap, func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs)))
+        return tree_map(wrap, computed(func, tree_map(unwrap, args), tree_map(unwrap, kwargs)))
+
+
+def computed(func, args, kwargs):
+    """func(*args, **kwargs); while a graph is recorded, it keeps what was done."""
+    result = func(*args, **kwargs)
+    for graph in recording:
+        graph.log.append((func, args, kwargs, result))
+    return result
+
+
+class Graph:
+    """As torch.cuda.CUDAGraph: replays the same kernels on the same memory, whatever Python would
+    do by now. On the GPU a recording computes nothing; here it does, so the first replay need not.
+    """
+
+    def __init__(self):
+        self.log, self.replays = [], 0
+
+    def replay(self):
+        self.replays += 1
+        for func, args, kwargs, result in self.log if self.replays > 1 else ():
+            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@contextmanager
+def record(graph: Graph):
+    recording.append(graph)
+    try:
+        yield
+    finally:
+        recording.pop()
 
 
 def check_devices(func, args, kwargs) -> None:
     on_cpu = [x for x in tree_leaves((args, kwargs))
               if isinstance(x, torch.Tensor) and not isinstance(x, Claimed)]
+    if func is ATEN._fused_adamw_.tensor_lr:  # torch.optim copies the rate to where it believes
+        on_cpu = [x for x in on_cpu if x.dim() > 0]  # the weights to be: here, the CPU
     masked = func in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
     if recording and (func in WAITS or masked or on_cpu):
         raise DeviceError(f"{func} while a CUDA graph is recorded: it needs the CPU")
@@ -135,18 +170,15 @@ class FindCuda(TorchFunctionMode):
         if generator is not None and there != generator.claims:
             raise DeviceError(f"{func.__name__} with a generator on {generator.device}")
         if is_cuda(kwargs.get("device")):
-            return tree_map(Claimed, func(*args, **kwargs | {"device": "cpu"}))
+            return tree_map(Claimed, computed(func, args, kwargs | {"device": "cpu"}))
         return func(*args, **kwargs)
 
 
 def graphed(function, sample_args):
     """As torch.cuda.make_graphed_callables: for inputs of one shape, which are copied to the same
     place, and with an output that the next call overwrites."""
-    recording.append(function)
-    try:
+    with record(Graph()):
         static = function(*sample_args)
-    finally:
-        recording.pop()
 
     def replay(*inputs):
         for x, sample in zip(inputs, sample_args, strict=True):
@@ -174,6 +206,7 @@ def on_cuda(capability=(9, 0)):
         "torch.cuda.get_device_capability": lambda *device: capability,
         "torch.cuda.synchronize": lambda *device: None,
         "torch.cuda.make_graphed_callables": graphed,
+        "torch.cuda.CUDAGraph": Graph, "torch.cuda.graph": record,
         "torch.load": load_there, "torch.Generator": Generator,
     }
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()

@@ -227,6 +227,21 @@ def test_one_graph_a_shape_and_no_answer_is_overwritten(
     assert not once.requires_grad
 
 
+@pytest.mark.parametrize("module", [*DRAWING, compare])
+def test_a_recorded_step_learns_what_python_would(module, cuda, tmp_path):
+    """Eight steps and a resumed run of as many: other batches, rates and noise in each."""
+    weights = []
+    for more in ((), ("--no-graphs",)):
+        folder = tmp_path / str(len(more))
+        train = [*tiny(module, folder, "--eval-samples", "9", *more), "--train-images", "128"]
+        for resume in ([], ["--resume", "--epochs", "2"]):
+            module.train(module.parse_args([*train, *resume]))
+        weights.append(load(folder / "checkpoint.pt")["networks"])
+    for name, network in weights[1].items():
+        for key, weight in network.items():
+            torch.testing.assert_close(weights[0][name][key], weight, rtol=1e-3, atol=2e-4)
+
+
 @pytest.mark.parametrize("forward", [
     lambda x: x * x.max().item(), lambda x: x[x > 0], lambda x: x + torch.ones(1).to(x.device),
     lambda x: x if x.sum() > 0 else -x])
@@ -272,8 +287,8 @@ PLANTED = {  # fault: file, what stands there, what is planted, the script that 
         "make_schedule(args.timesteps)", "01_ddpm_ddim"),
     "labels on the CPU that index an embedding": (
         "03_cfg", "torch.arange(len(x_T), device=x_T.device)", "torch.arange(len(x_T))", "03_cfg"),
-    "a CPU generator for CUDA noise": (
-        "common", "self.rng = torch.Generator(args.device)", "self.rng = torch.Generator()",
+    "times on the CPU for images on CUDA": (
+        "04_rectified_flow", "torch.rand(len(x1), device=x1.device)", "torch.rand(len(x1))",
         "04_rectified_flow"),
     "a CPU generator in a sampler": (
         "common", "torch.Generator(noise.device)", "torch.Generator()", "02_latent_diffusion"),
