@@ -161,11 +161,10 @@ def train(args) -> dict[str, nn.Module]:
     """Train the classifier on the training digits, shifted by up to two pixels."""
     images, labels = common.load_digits(args)
     torch.manual_seed(args.seed)
-    model = make_models(args)["judge"]
+    model, pixels = make_models(args)["judge"], torch.arange(28, device=args.device)
     stage = common.Stage(args, "judge", model, args.epochs, args.lr, images, labels)
     for x, y in stage:
-        shifts = torch.randint(-2, 3, (2, 1), device=x.device)  # one a batch, in each direction
-        rows, columns = (torch.arange(28, device=x.device) + shifts) % 28
+        rows, columns = (pixels + torch.randint_like(pixels[:2, None], -2, 3)) % 28
         x = x[:, :, rows[:, None], columns]
         stage.step(F.cross_entropy(stage.model(x), y, label_smoothing=0.05))
     return {"judge": stage.ema}

@@ -6,13 +6,14 @@ import json
 import re
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from matplotlib import colormaps, figure, get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision import datasets, utils
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -169,13 +170,11 @@ class Muon(torch.optim.AdamW):
         convolutions = [w for w in group["params"] if w.dim() == 4 and min(w.shape[:2]) >= 16]
         for rows in {len(w) for w in convolutions}:  # matrices of as many rows in one batch
             weights, key = [w for w in convolutions if len(w) == rows], f"{rows} rows"
-            widest = max(w[0].numel() for w in weights)  # zeros change no singular value
-            g = torch.stack([nn.functional.pad(w.grad.flatten(1), (0, widest - w[0].numel()))
-                             for w in weights])
+            g = pad_sequence([w.grad.flatten(1).mT for w in weights], batch_first=True).mT
             mean = self.state[key] = self.state.get(key, 0 * g).to(g.device).lerp_(g, 0.05)
             m = nn.functional.normalize(mean, dim=(1, 2))
-            gram, eye = m @ m.mT, torch.eye(rows, device=g.device)
-            p = eye
+            gram = m @ m.mT
+            p = eye = torch.eye(rows, device=g.device)
             for _ in range(5):  # Newton and Schulz: singular values of p m near 1
                 q = 3.4445 * eye + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 p, gram = q @ p, q @ gram @ q
@@ -204,14 +203,14 @@ class Stage:
         """Batches. On CUDA the fourth turn of the loop is recorded as a graph, and then replayed:
         so the body of the loop has to do the same for every batch, on the GPU alone."""
         args, total, graph = self.args, self.epochs * self.steps, None
-        first, graphs = self.done * self.steps, args.device == "cuda" and not args.no_graphs
+        graphs = args.device == "cuda" and not args.no_graphs
         index = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
         lr = torch.zeros((), device=args.device)  # tensors, so that the graph reads them anew
-        self.optimizer.param_groups[0].update(lr=lr, capturable=args.device == "cuda")
+        self.optimizer.param_groups[0].update(lr=lr, capturable=True)
         warm_up, self.decay = min(200, total / 10), 1 - 10 / max(total, 10)  # ema: about a tenth
         self.slow, self.fast = ([x for x in net.state_dict().values() if x.is_floating_point()]
                                 for net in (self.ema, self.model))  # weights, BatchNorm's averages
-        bar = tqdm(range(total), self.name, initial=first, mininterval=1)
+        bar = tqdm(range(total), self.name, initial=self.done * self.steps, mininterval=1)
         while self.done < self.epochs:  # each epoch has its own seed, so that --resume repeats it
             self.losses, start = [], time.perf_counter()
             torch.manual_seed(self.done + 1000 * args.seed)
@@ -220,14 +219,12 @@ class Stage:
                 i = self.done * self.steps + len(self.losses)
                 lr.fill_(self.lr * min((i + 1) / warm_up, 1) * (1 - i / total))  # up, down to zero
                 index.copy_(chosen)
-                if graphs and i == first + 3:
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph):  # computes nothing yet
+                if not graph:
+                    graph = torch.cuda.CUDAGraph() if graphs and len(self.losses) == 3 else None
+                    with torch.cuda.graph(graph) if graph else nullcontext():
                         yield [part[index] for part in self.data]
-                elif not graph:
-                    yield [part[index] for part in self.data]
                 if graph:
-                    graph.replay()
+                    graph.replay()  # the recording itself computed nothing
                 self.losses.append(self.loss.clone())
                 if bar.update():  # once a second, since reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(self.losses[-100:]).mean().item())

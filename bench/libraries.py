@@ -57,7 +57,7 @@ def train_ours(device: str, steps: int, folder: Path) -> tuple[int, float]:
 def diffusers_network(width: int) -> UNet2DModel:
     return UNet2DModel(
         sample_size=28, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=8,
-        block_out_channels=(width, 2 * width, 2 * width),
+        block_out_channels=(width, 2 * width, 4 * width),
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
 
@@ -97,7 +97,7 @@ def train_diffusers(width: int, device: str, steps: int, images) -> tuple[int, f
 
 def train_ddpm_pytorch(dim: int, device: str, steps: int, folder: Path) -> tuple[int, float]:
     """By its own Trainer, from a folder of PNGs."""
-    model = Unet(dim=dim, dim_mults=(1, 2, 2), channels=1, full_attn=(False, True, True))
+    model = Unet(dim=dim, dim_mults=(1, 2, 4), channels=1, full_attn=(False, True, True))
     diffusion = GaussianDiffusion(model, image_size=28, timesteps=1000)
     trainer = Trainer(diffusion, folder, train_batch_size=BATCH, train_num_steps=WARM_UP,
                       amp=device == "cuda", calculate_fid=False, augment_horizontal_flip=False,

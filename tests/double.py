@@ -84,6 +84,12 @@ def computed(func, args, kwargs):
     return result
 
 
+def padded(parts, batch_first):
+    """As torch's pad_sequence, which would make its result where it believes the parts to be."""
+    longest = max(map(len, parts))
+    return torch.stack([torch.nn.functional.pad(x, (0, 0, 0, longest - len(x))) for x in parts])
+
+
 class Graph:
     """As torch.cuda.CUDAGraph: replays the same kernels on the same memory, whatever Python would
     do by now. On the GPU a recording computes nothing; here it does, so the first replay need not.
@@ -206,6 +212,7 @@ def on_cuda(capability=(9, 0)):
         "torch.cuda.get_device_capability": lambda *device: capability,
         "torch.cuda.synchronize": lambda *device: None,
         "torch.cuda.make_graphed_callables": graphed,
+        "common.pad_sequence": padded,
         "torch.cuda.CUDAGraph": Graph, "torch.cuda.graph": record,
         "torch.load": load_there, "torch.Generator": Generator,
     }
