@@ -31,11 +31,11 @@ come from v without a division, and so with errors no larger than that of v. Ho 
 ε; then x̂_0 needs a division by √ᾱ_t, which makes errors 100 times larger near pure noise.
 
     python 01_ddpm_ddim.py                              40 epochs, for a GPU
-    python 01_ddpm_ddim.py --epochs 6 --batch-size 64   half an hour on two CPU cores
+    python 01_ddpm_ddim.py --epochs 5 --batch-size 64   an hour on a CPU core
 
-Measured: the second takes 54 minutes on one core of an Intel Xeon. Then 2,000 samples by DDIM
-with 50 steps have a Fréchet distance of 0.673 to the test digits, training digits one of 0.107
-(05_compare.py; lower is better).
+Measured: 20 epochs take 69 seconds on an NVIDIA H200. Then 2,000 samples by DDIM with 50 steps
+have a Fréchet distance of 0.275 to the test digits, training digits one of 0.107 (05_compare.py;
+lower is better).
 
 Left out: learned variances (Nichol & Dhariwal 2021); networks that predict ε or x_0.
 """

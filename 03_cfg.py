@@ -27,12 +27,12 @@ The class enters in two ways, to show both: as input channels, and by the cross-
 reads text in large models. Adding it to the time embedding would be simpler.
 
     python 03_cfg.py                                  40 epochs, for a GPU
-    python 03_cfg.py --epochs 3 --batch-size 64       half an hour on one CPU core
+    python 03_cfg.py --epochs 3 --batch-size 64       three quarters of an hour on a CPU core
     python 03_cfg.py --digits 3141592653              draw these, with saved weights
 
-Measured: the second takes 30 minutes on one core of an Intel Xeon. Then 1,000 samples by DDIM-100
-with s = 1.5 have a Fréchet distance of 0.185 to the test digits, training digits one of 0.155.
-The classifier of 05_compare.py reads 99.2% of the samples as the digit asked for.
+Measured: after 14 epochs, 1,000 samples by DDIM-100 with s = 1.5 have a Fréchet distance of 0.166
+to the test digits, training digits one of 0.155. The classifier of 05_compare.py reads 99.7% of
+the samples as the digit asked for.
 """
 
 import argparse
