@@ -421,7 +421,7 @@ def test_one_token_would_make_the_attention_blind():
         torch.manual_seed(0)
         model = cfg.UNet(8, 1000, tokens)
         nn.init.normal_(model.cross_attention.out.weight)
-        x = torch.randn(1, 16, 7, 7)
+        x = torch.randn(1, 32, 7, 7)
         context = model.label_tokens(torch.tensor([3])).unflatten(1, (-1, 32))
         assert context.shape == (1, tokens, 32)
         return (model.cross_attention(x, context) - x).flatten(2).var(2).max().item()
