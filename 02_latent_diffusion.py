@@ -165,13 +165,13 @@ def make_models(args) -> dict[str, nn.Module]:
     return {"diffusion": model.to(args.device, memory_format=torch.channels_last), "vae": vae}
 
 
-def vae_loss(vae: VAE, x: Tensor, kl_weight: float, rng=None) -> Tensor:
+def vae_loss(vae: VAE, x: Tensor, kl_weight: float) -> Tensor:
     """Minus Kingma & Welling 2014, Eq. 10, with a weight; in nats per image, one draw of z.
 
     The decoder gives probabilities of white; -log p is their cross-entropy with (x+1)/2 (C.1).
     """
     mu, logvar = vae.encode(x)
-    logits = vae.logits(vae.draw(mu, logvar, rng))
+    logits = vae.logits(vae.draw(mu, logvar))
     nll = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2, reduction="none")
     return (nll.sum((1, 2, 3)) + kl_weight * kl_divergence(mu, logvar)).mean()
 
@@ -210,15 +210,15 @@ def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor
     return schedule.signal_scale[t].view(shape) * x0 + schedule.noise_scale[t].view(shape) * noise
 
 
-def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None, rng=None) -> Tensor:
+def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None) -> Tensor:
     """Ho et al. 2020, Algorithm 1, but for v: the mean squared error of the prediction.
 
-    x0: (B, ...); t (B,) and noise (B, ...) are drawn from `rng` if they are not given.
+    x0: (B, ...); t (B,) and noise (B, ...) are drawn if they are not given.
     """
     if t is None:
-        t = torch.randint(len(schedule.betas), (len(x0),), generator=rng, device=x0.device)
+        t = torch.randint(len(schedule.betas), (len(x0),), device=x0.device)
     if noise is None:
-        noise = torch.randn(x0.shape, generator=rng, device=x0.device)
+        noise = torch.randn_like(x0)
     x_t = q_sample(schedule, x0, t, noise)
     v = q_sample(schedule, noise, t, -x0)  # ε for x_0, -x_0 for ε: √ᾱ_t ε - √(1-ᾱ_t) x_0
     return F.mse_loss(model(x_t, t), v)
