@@ -41,7 +41,6 @@ Left out: learned variances (Nichol & Dhariwal 2021); networks that predict ε o
 """
 
 import math
-import sys
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -219,7 +218,7 @@ def ddim_sample(
 
 def train(args) -> dict[str, nn.Module]:
     """Train the network; returns the moving average of its weights."""
-    images, labels = common.load_digits(args)
+    images, labels = common.load_images(args)
     schedule = make_schedule(args.timesteps, args.device)
     torch.manual_seed(args.seed)
     model = make_models(args)["diffusion"]
@@ -230,7 +229,7 @@ def train(args) -> dict[str, nn.Module]:
 
 
 def make_figures(args, diffusion: nn.Module) -> None:
-    """16 digits from the same noise by every sampler: pictures, timings, sets for 05."""
+    """16 images from the same noise by every sampler: pictures, timings, sets for 05."""
     net = common.as_function(diffusion, args)
     schedule = make_schedule(args.timesteps)
     rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
@@ -265,14 +264,12 @@ def draw_path(args, sample) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with common.stopped(args):
         if args.sample_only:
             models = common.load_networks(args.state, make_models(args))
         else:
             models = train(args)
         make_figures(args, **models)
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; --resume continues from {args.checkpoint} after its last epoch")
     print(f"the results are in {args.out_dir}")
 
 

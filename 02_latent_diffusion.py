@@ -29,7 +29,6 @@ Fréchet distance of 0.610 to the test digits, training digits one of 0.155 (05_
 """
 
 import math
-import sys
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -265,7 +264,7 @@ def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None) -> Tensor:
 
 def train(args) -> dict[str, nn.Module]:
     """Train the VAE, then the diffusion on its latents; returns their moving averages."""
-    images, _ = common.load_digits(args)
+    images, _ = common.load_images(args)
     schedule = make_schedule(args.timesteps, args.device)
     torch.manual_seed(args.seed)
     models = make_models(args)
@@ -288,27 +287,27 @@ def train(args) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def draw_vae(args, vae: VAE) -> None:
-    """What the VAE does with test digits: reconstructions, walks between them, a map of them."""
-    x, labels = common.load_digits(args, train=False)
+    """What the VAE does with test images: reconstructions, walks between them, a map of them."""
+    x, labels = common.load_images(args, train=False)
     mu, logvar = encode_all(vae, x)
     x_hat = torch.cat([vae.decode(part) for part in mu.split(1000)])
     error, kl = ((x_hat - x) / 2).square().mean(), kl_divergence(mu, logvar).mean()
-    print(f"VAE, test digits: squared error {error:.4f} of pixels in [0, 1], KL {kl:.1f} nats")
+    print(f"VAE, test images: squared error {error:.4f} of pixels in [0, 1], KL {kl:.1f} nats")
     weights = torch.linspace(0, 1, 10, device=x.device)[:, None]
     walks = [torch.lerp(mu[i], mu[i + 1], weights) for i in range(0, 8, 2)]
     images = torch.cat([x[:10], x_hat[:10], vae.decode(torch.cat(walks))])
-    common.save_grid(images, args.out_dir / "samples_vae.png", "Test digits through the VAE", 10,
-                     rows=["digits", "reconstructions", *["walk between two"] * 4])
+    common.save_grid(images, args.out_dir / "samples_vae.png", "Test images through the VAE", 10,
+                     rows=["images", "reconstructions", *["walk between two"] * 4])
     mu, labels = (mu - mu.mean(0)).cpu(), labels[:2000].cpu()
     points = mu[:2000] @ torch.linalg.svd(mu, full_matrices=False).Vh[:2].T  # 2-D
-    by_digit = {str(d): points[labels == d].tolist() for d in range(10)}
-    common.save_plot(args.out_dir / "latent_map.png", by_digit, style=".", xlabel="first component",
-                     title="2,000 test digits in the latent: two principal components")
+    by_class = {name: points[labels == i].tolist() for i, name in enumerate(args.classes)}
+    common.save_plot(args.out_dir / "latent_map.png", by_class, style=".", xlabel="first component",
+                     title="2,000 test images in the latent: two principal components")
 
 
 @torch.no_grad()
 def make_figures(args, diffusion: nn.Module, vae: VAE) -> None:
-    """16 digits from the same noise by every sampler: pictures, timings, sets for 05."""
+    """16 images from the same noise by every sampler: pictures, timings, sets for 05."""
     net = common.as_function(diffusion, args)
     schedule = make_schedule(args.timesteps)
     rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
@@ -335,14 +334,12 @@ def draw_path(args, vae: VAE, sample) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with common.stopped(args):
         if args.sample_only:
             models = common.load_networks(args.state, make_models(args))
         else:
             models = train(args)
         make_figures(args, **models)
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; --resume continues from {args.checkpoint} after its last epoch")
     print(f"the results are in {args.out_dir}")
 
 

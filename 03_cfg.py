@@ -15,7 +15,7 @@ variety for clarity. Both predictions come from one call on a doubled batch.
     paper           code                      shape
     x_0, x_t, ε     x0, x_t, noise            (B, 1, 28, 28), x0 in [-1, 1]
     t = 1 ... T     t = 0 ... T-1             (B,); t = -1 in the samplers is the clean image
-    c, ∅            labels, NULL              (B,) in 0 ... 9, and 10
+    c, ∅            labels, NULL              (B,) in 0 ... 9, and -1
     v_θ(x_t, t, c)  model(x_t, t, labels)     (B, 1, 28, 28)
     v̂               guided(...)(x_t, t)       (B, 1, 28, 28)
     s = 1 + w       scale, --guidance
@@ -38,7 +38,6 @@ the samples as the digit asked for.
 import argparse
 import math
 import re
-import sys
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -63,7 +62,7 @@ def parse_args(argv: list[str] | None = None):
     scale = number(float, 0)
     add("--guidance", type=scale, default=3.0, help="scale s in the main figures")
     add("--guidance-sweep", type=scale, nargs="+", default=[0, 1, 1.5, 2, 3, 5, 8], help="others")
-    add("--digits", type=digits, help="draw these and stop; no training")
+    add("--digits", type=digits, help="draw these classes and stop; no training")
     tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
             "width": 8, "timesteps": 20, "ddim_steps": 10, "guidance_sweep": [0, 1, 3],
             "eval_samples": 20}
@@ -72,6 +71,8 @@ def parse_args(argv: list[str] | None = None):
     args = common.parse(parser, argv, tiny)
     if args.ddim_steps > args.timesteps:
         parser.error(f"DDIM takes at most --timesteps {args.timesteps} steps")
+    if args.digits and int(max(args.digits)) >= len(args.classes):
+        parser.error(f"--digits {args.digits}: there are only {len(args.classes)} classes, from 0")
     return args
 
 
@@ -82,20 +83,20 @@ def digits(text: str) -> str:
     return text
 
 
-NULL = 10  # ∅, the label of an image whose label is hidden
+NULL = -1  # ∅, the label of an image whose label is hidden
 
 
 class UNet(nn.Module):
     """vs 01: also takes labels (B,), as 32 more input channels and by cross-attention."""
 
-    def __init__(self, width: int, t_max: float, tokens: int):
+    def __init__(self, width: int, t_max: float, tokens: int, classes: int = 10):
         super().__init__()
         c1, c2, c3, c_time = width, 2 * width, 4 * width, 4 * width
         self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
         self.time = nn.Sequential(
             nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time), nn.SiLU()
         )
-        self.label_channels = nn.Embedding(11, 32)  # ten digits and NULL
+        self.label_channels = nn.Embedding(classes + 1, 32)  # the last is for NULL
         self.conv_in = nn.Conv2d(1 + 32, c1, 3, padding=1)
         self.down0 = ResBlock(c1, c1, c_time)
         self.down0_to_1 = nn.Conv2d(c1, c1, 3, stride=2, padding=1)
@@ -106,7 +107,7 @@ class UNet(nn.Module):
         self.mid_attention = Attention(c3)
         self.mid2 = ResBlock(c3, c3, c_time)
         # Several tokens a class: with only one, the softmax is 1, and all pixels get the same.
-        self.label_tokens = nn.Embedding(11, tokens * 32)
+        self.label_tokens = nn.Embedding(classes + 1, tokens * 32)
         self.cross_attention = Attention(c3, 32)
         self.mid_to_up0 = nn.Conv2d(c3, c2, 3, padding=1)
         self.up0 = ResBlock(2 * c2, c2, c_time)
@@ -119,6 +120,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))
+        labels = labels % self.label_tokens.num_embeddings  # so that -1 is the last
         channels = self.label_channels(labels)[:, :, None, None].expand(-1, -1, *x.shape[2:])
         tokens = self.label_tokens(labels).unflatten(1, (-1, 32))  # (B, tokens, 32)
         x = torch.cat([x, channels], dim=1)  # (B, 33, H, W)
@@ -135,7 +137,7 @@ class UNet(nn.Module):
 
 
 def make_models(args) -> dict[str, nn.Module]:
-    model = UNet(args.width, args.timesteps, args.tokens)
+    model = UNet(args.width, args.timesteps, args.tokens, len(args.classes))
     return {"diffusion": model.to(args.device, memory_format=torch.channels_last)}
 
 
@@ -186,14 +188,14 @@ def diffusion_loss(
     return F.mse_loss(model(x_t, t, labels), v)
 
 
-def guided(model, labels: Tensor, scale: float):
+def guided(model, labels: Tensor, scale: float, classes: int = 10):
     """The function (x, t) -> v̂ for labels (B,): Ho & Salimans 2022, Eq. 6, with s = 1 + w.
 
     Scales 0 and 1 take a plain call, any other one call on a doubled batch. Labels that are not
-    in 0 ... 9 raise a ValueError.
+    in 0 ... classes - 1 raise a ValueError.
     """
-    if not ((labels >= 0) & (labels <= 9)).all():
-        raise ValueError(f"labels are the digits 0 to 9, not {labels.unique().tolist()}")
+    if not ((labels >= 0) & (labels < classes)).all():
+        raise ValueError(f"labels are 0 to {classes - 1}, not {labels.unique().tolist()}")
     null = torch.full_like(labels, NULL)
     if scale in (0, 1):
         return lambda x, t: model(x, t, labels if scale == 1 else null)
@@ -247,7 +249,7 @@ def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None, steps=None) ->
 
 def train(args) -> dict[str, nn.Module]:
     """Train the network; returns the moving average of its weights."""
-    images, labels = common.load_digits(args)
+    images, labels = common.load_images(args)
     schedule = make_schedule(args.timesteps, args.device)
     torch.manual_seed(args.seed)
     model = make_models(args)["diffusion"]
@@ -267,9 +269,11 @@ def make_figures(args, diffusion: nn.Module) -> None:
     rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
     noise = torch.randn(16, 1, 28, 28, generator=rng).to(args.device)
 
+    classes = len(args.classes)
+
     def sample(x_T: Tensor, rng=None, s=args.guidance, sampler=ddim_sample, **more):
-        labels = torch.arange(len(x_T), device=x_T.device) % 10  # 0 ... 9, 0 ... 9, ...
-        model = guided(net, labels, s)
+        labels = torch.arange(len(x_T), device=x_T.device) % classes  # 0 ... 9, 0 ... 9, ...
+        model = guided(net, labels, s, classes)
         return sampler(model, schedule, x_T, steps=args.ddim_steps, rng=rng, **more)
 
     draw_path(args, partial(sample, noise))
@@ -283,18 +287,21 @@ def make_figures(args, diffusion: nn.Module) -> None:
     for made, _ in samplers:
         calls = n if made["guidance"] in (0, 1) else 2 * n  # a doubled batch costs as much as two
         made |= {"method": "guided diffusion", "steps": n, "network_calls": calls}
-        made |= {"classes": 10} if made["guidance"] else {}  # asked for in turn
-    common.measure(args, samplers, noise, "Columns share their noise and, with s > 0, their class")
+        made |= {"classes": classes} if made["guidance"] else {}  # asked for in turn
+    overview = "Columns share their noise and, with s > 0, their class"
+    names = [args.classes[i % classes] for i in range(10)]
+    common.measure(args, samplers, noise, overview, below=names)
 
 
 def draw_digits(args, net, schedule: Schedule) -> None:
     """--digits: what was asked for, as a picture, twenty in a row."""
     labels = torch.tensor([int(digit) for digit in args.digits], device=args.device)
     x_T = torch.randn(len(labels), 1, 28, 28, generator=torch.Generator().manual_seed(args.seed))
-    model = guided(net, labels, args.guidance)
+    model = guided(net, labels, args.guidance, len(args.classes))
     images = ddim_sample(model, schedule, x_T.to(args.device), args.ddim_steps)
     path = args.out_dir / f"digits_{args.digits[:20]}.png"
-    common.save_grid(images, path, f"Guided, s = {args.guidance:g}: {args.digits}", 20)
+    names = " ".join(args.classes[label] for label in labels)
+    common.save_grid(images, path, f"Guided, s = {args.guidance:g}: {names}", 20)
     print(path)
 
 
@@ -316,14 +323,12 @@ def draw_path(args, sample) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with common.stopped(args):
         if args.sample_only:
             models = common.load_networks(args.state, make_models(args))
         else:
             models = train(args)
         make_figures(args, **models)
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; --resume continues from {args.checkpoint} after its last epoch")
     print(f"the results are in {args.out_dir}")
 
 

@@ -33,7 +33,6 @@ To the eye one reflow step is like five before it; RESULTS.md shows what the sco
 
 import math
 import shutil
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -189,7 +188,7 @@ def make_pairs(model, n: int, steps: int, rng, device="cpu", x1=None) -> tuple[T
 
 def train(args) -> dict[str, nn.Module]:
     """Train the flow, make pairs, train the reflow on them."""
-    images, labels = common.load_digits(args)
+    images, labels = common.load_images(args)
     torch.manual_seed(args.seed)
     models, folder = make_models(args), args.out_dir / "pairs"
     stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, images, labels)
@@ -231,7 +230,7 @@ def load_pairs(args, net, folder: Path, data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_figures(args, flow: nn.Module, reflow: nn.Module) -> None:
-    """16 digits from the same noise by every sampler: pictures, timings, sets for 05."""
+    """16 images from the same noise by every sampler: pictures, timings, sets for 05."""
     nets = {"rectified flow": common.as_function(flow, args),
             "reflow": common.as_function(reflow, args)}
     rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
@@ -267,14 +266,12 @@ def draw_path(args, nets: dict, x0: Tensor) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with common.stopped(args):
         if args.sample_only:
             models = common.load_networks(args.state, make_models(args))
         else:
             models = train(args)
         make_figures(args, **models)
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; --resume continues from {args.checkpoint} after its last epoch")
     print(f"the results are in {args.out_dir}")
 
 

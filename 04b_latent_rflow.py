@@ -53,6 +53,8 @@ def parse_args(argv: list[str] | None = None):
             "width": 8, "steps": [1, 2, 5], "pairs": 256, "real_pairs": 128, "pair_steps": 3,
             "reflow_epochs": 4, "eval_samples": 20}
     args = common.parse(parser, argv, tiny)
+    if args.vae == VAE_FILE and args.dataset not in ("mnist", "synthetic"):  # it knows digits
+        args.vae = args.out_dir.parent / "02_latent_diffusion" / "checkpoint.pt"
     if args.batch_size > args.pairs + args.real_pairs:
         parser.error(f"--batch-size {args.batch_size}: more than there will be pairs")
     if args.real_pairs > args.train_images:
@@ -245,7 +247,7 @@ def make_pairs(model, n: int, steps: int, rng, device="cpu", x1=None) -> tuple[T
 
 def train(args) -> dict[str, nn.Module]:
     """Train the flow, make pairs, train the reflow on them."""
-    images, _ = common.load_digits(args)
+    images, _ = common.load_images(args)
     torch.manual_seed(args.seed)
     models, folder = make_models(args), args.out_dir / "pairs"
     vae = load_vae(args, models["vae"])
@@ -280,6 +282,7 @@ def load_vae(args, vae: VAE) -> VAE:
         if "diffusion" not in of_02["networks"]:  # 02 trains it after the VAE
             sys.exit(f"{args.vae} holds an unfinished VAE: continue 02 with --resume")
         networks["vae"] = of_02["networks"]["vae"]
+        print(f"the VAE of {args.vae}, which learned {of_02['args']['dataset']}")
     return common.load_networks(args.state | {"path": args.vae}, {"vae": vae})["vae"]
 
 
@@ -303,7 +306,7 @@ def load_pairs(args, net, folder: Path, data: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def make_figures(args, flow: nn.Module, reflow: nn.Module, vae: VAE) -> None:
-    """16 digits from the same noise by every sampler: pictures, timings, sets for 05."""
+    """16 images from the same noise by every sampler: pictures, timings, sets for 05."""
     nets = {"latent flow": common.as_function(flow, args),
             "latent reflow": common.as_function(reflow, args)}
     rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
@@ -335,14 +338,12 @@ def draw_path(args, vae: VAE, nets: dict, x0: Tensor) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with common.stopped(args):
         if args.sample_only:
             models = common.load_networks(args.state, make_models(args))
         else:
             models = train(args)
         make_figures(args, **models)
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; --resume continues from {args.checkpoint} after its last epoch")
     print(f"the results are in {args.out_dir}")
 
 

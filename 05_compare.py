@@ -52,19 +52,17 @@ def parse_args(argv: list[str] | None = None):
     parser = common.make_parser(__file__, "Score samples and judge claims.", 5, 128, 3e-3)
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="score only these: a .pt, or a folder of PNGs")
-    add("--train-judge", action="store_true", help="train the classifier")
-    add("--runs", type=Path, default=Path("runs"), help="folder of the other scripts' results")
+    add("--train-judge", action="store_true", help="train the classifier of --dataset")
+    add("--runs", type=Path, help="results of the other scripts (None: beside --out-dir)")
     parser.set_defaults(eval_samples=10_000)
-    tiny = {"dataset": "synthetic", "train_images": 512, "epochs": 2, "batch_size": 32,
-            "runs": Path("runs/fast_dev")}
+    tiny = {"dataset": "synthetic", "train_images": 512, "epochs": 2, "batch_size": 32}
     look = parser.parse_args(argv)
     parser.set_defaults(sample_only=not (look.train_judge or look.resume or look.fast_dev))
     args = common.parse(parser, argv, tiny)
+    args.runs = args.runs or args.out_dir.parent
     args.files = [Path(file) for file in args.files]
     if args.eval_samples < 5:
         parser.error(f"--eval-samples {args.eval_samples}: a set needs at least 5")
-    if args.sample_only and args.dataset != (known := args.state["args"]["dataset"]):
-        parser.error(f"the classifier knows only {known}; --train-judge trains another one")
     return args
 
 
@@ -73,9 +71,9 @@ def conv(c_in: int, c_out: int) -> list[nn.Module]:
 
 
 class Judge(nn.Module):
-    """(B, 1, 28, 28) in [-1, 1] -> (B, 10), scores of the digits; .features gives (B, 64)."""
+    """(B, 1, 28, 28) in [-1, 1] -> (B, classes), their scores; .features gives (B, 64)."""
 
-    def __init__(self):
+    def __init__(self, classes: int = 10):
         super().__init__()
         self.features = nn.Sequential(
             *conv(1, 32), *conv(32, 32), nn.MaxPool2d(2),  # (B, 32, 14, 14)
@@ -83,14 +81,14 @@ class Judge(nn.Module):
             *conv(64, 128), nn.MaxPool2d(2), nn.Flatten(),  # (B, 128 * 3 * 3)
             nn.Linear(1152, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(),
         )
-        self.classify = nn.Linear(64, 10)
+        self.classify = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x))
 
 
 def make_models(args) -> dict[str, nn.Module]:
-    return {"judge": Judge().to(args.device)}
+    return {"judge": Judge(len(args.classes)).to(args.device)}
 
 
 @torch.no_grad()
@@ -159,7 +157,7 @@ def score(judge: Judge, real: Tensor, samples: dict) -> dict:
 
 def train(args) -> dict[str, nn.Module]:
     """Train the classifier on the training digits, shifted by up to two pixels."""
-    images, labels = common.load_digits(args)
+    images, labels = common.load_images(args)
     torch.manual_seed(args.seed)
     model, pixels = make_models(args)["judge"], torch.arange(28, device=args.device)
     stage = common.Stage(args, "judge", model, args.epochs, args.lr, images, labels)
@@ -183,18 +181,18 @@ def load_set(path: Path, most: int) -> dict:
         assert images.dtype == torch.uint8
         assert images.shape[1:] == (1, 28, 28)
         assert len(images) == len(samples.get("labels", images)) >= 5  # labels are optional
-    samples = {"method": str(path), "sampler": "", "steps": None} | samples
+        shows = samples.get("args", {}).get("dataset", "")
+    samples = {"method": str(path), "sampler": "", "steps": None, "shows": shows} | samples
     samples.setdefault("network_calls", samples["steps"])
     return samples | {k: samples[k][:most] for k in ("images", "labels") if k in samples}
 
 
 def add_notes(rows: list[dict], args) -> None:
-    """Why a row stays out: a miniature, other digits, not the usual machine, or unknown."""
+    """Why a row stays out: a miniature, not the usual machine, or unknown."""
     usual = statistics.mode([row.get("hardware") for row in rows if "args" in row] or [""])
     for row in rows:
         made = row.get("args", {})
         notes = {"a miniature": made.get("fast_dev") and not args.fast_dev,
-                 f"{made.get('dataset')} digits": made.get("dataset") != args.dataset,
                  f"on {row.get('hardware')}": row.get("hardware") != usual}
         notes = notes if made else {"unknown origin": True}
         row["note"] = ", ".join(note for note, applies in notes.items() if applies)
@@ -290,10 +288,10 @@ def draw(args, n: int, rows: list[dict], floor: dict) -> None:
         if lines := curves(rows, x, "distance"):
             xs = [point[0] for points in lines.values() for point in points]
             ends = [(end, floor["distance"]) for end in (min(xs), max(xs))]
-            lines["the floor: training digits"] = ends
+            lines["the floor: training images"] = ends
             common.save_plot(args.out_dir / f"quality_{x}_{n}.png", lines, xlabel=xlabel,
                              xscale="log", yscale="log", ylabel="Fréchet distance",
-                             title=f"Distance to the test digits (lower is better), N = {n:,}")
+                             title=f"Distance to the test images (lower is better), N = {n:,}")
     shares = [row | {"share": row[y], "line": f"{y}, {row['sampler']}"}
               for y in ("accuracy", "precision", "recall") for row in rows if y in row]
     if lines := curves(shares, "guidance", "share"):
@@ -304,22 +302,27 @@ def draw(args, n: int, rows: list[dict], floor: dict) -> None:
 def make_figures(args, judge: Judge) -> None:
     """Score the sets: a table, plots and verdicts for each size N."""
     paths = args.files or sorted(args.runs.glob("*/eval_*.pt"))
-    sets = [load_set(path, args.eval_samples) for path in paths]
-    images, labels = common.load_digits(args, train=False)
+    sets = {str(path): load_set(path, args.eval_samples) for path in paths}
+    wrong = [path for path, made in sets.items() if made["shows"] not in ("", args.dataset)]
+    refusal = f"The classifier of {args.dataset} does not know what these show: {', '.join(wrong)}"
+    if wrong and args.files:
+        sys.exit(refusal)
+    images, labels = common.load_images(args, train=False)
     real, digits = features(judge, common.to_uint8(images))
     accuracy = (digits == labels.cpu()).double().mean()
-    images, labels = common.load_digits(args)
+    images, labels = common.load_images(args)
     rows = []
-    for path, samples in zip(tqdm(paths, "sets"), sets):
-        rows.append(score(judge, real, samples | ({"method": str(path)} if args.files else {})))
+    for path in tqdm([path for path in sets if path not in wrong], "sets"):
+        rows.append(score(judge, real, sets[path] | ({"method": path} if args.files else {})))
     add_notes(rows, args)
     order = ("note", "method", "sampler", "steps", "guidance")
     rows.sort(key=lambda row: [row.get(key) or ("" if key in order[:3] else 0) for key in order])
-    text = f"The classifier reads {accuracy:.2%} of {len(real):,} test digits correctly.\n"
+    text = f"The classifier of {args.dataset} in {args.state.get('path', args.checkpoint)} "
+    text += f"reads {accuracy:.2%} of {len(real):,} test images correctly.\n"
     for n in sorted({row["N"] for row in rows}) or [args.eval_samples]:
         chosen = [row for row in rows if row["N"] == n]
         digits = {"images": common.to_uint8(images[:n]), "labels": labels[:n].cpu()}
-        floor = score(judge, real, {"method": "training digits"} | digits)
+        floor = score(judge, real, {"method": "training images"} | digits)
         text += f"\nSets of N = {n:,} images:\n\n{score_table([*chosen, floor])}"
         if not args.files:
             chosen = [row for row in chosen if not row["note"]]
@@ -330,20 +333,19 @@ def make_figures(args, judge: Judge) -> None:
         scripts = {path.stem for path in Path(__file__).parent.glob("0[1-4]*.py")}
         if missing := scripts - {path.parent.name for path in paths}:
             text += f"\nNo sets, which --eval-samples makes, of: {', '.join(sorted(missing))}\n"
+        text += f"\n{refusal}\n" if wrong else ""
         (args.out_dir / "comparison.md").write_text(text)
     print(text)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with common.stopped(args):
         if args.sample_only:
             models = common.load_networks(args.state, make_models(args))
         else:
             models = train(args)
         make_figures(args, **models)
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; --resume continues from {args.checkpoint} after its last epoch")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,19 @@
 import argparse
 import copy
 import json
+import os
 import re
+import signal
 import sys
 import time
+import zlib
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from matplotlib import colormaps, figure, get_data_path
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision import datasets, utils
@@ -61,14 +65,42 @@ class Attention(nn.Module):
         return x + h.mT.unflatten(2, x.shape[2:])
 
 
-def load_digits(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
-    """The first --train-images training or test digits (N, 1, 28, 28) in [-1, 1], labels (N,)."""
-    if args.dataset == "synthetic":
-        images, labels = synthetic_digits(args.train_images, seed=0 if train else 1)
-        return images.to(args.device), labels.to(args.device)
-    with one_line_error(f"no MNIST in {args.data_dir}; try --dataset synthetic"):
-        data, n = datasets.MNIST(args.data_dir, train, download=True), args.train_images
-    return data.data[:n, None].to(args.device) / 127.5 - 1, data.targets[:n].to(args.device)
+DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
+
+
+def load_images(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
+    """The first --train-images training or test images (N, 1, 28, 28) in [-1, 1], labels (N,).
+
+    The names of the classes go into args.classes, and so into the checkpoint.
+    """
+    n = args.train_images
+    with one_line_error(f"cannot read {args.dataset} in {args.data_dir}; try --dataset synthetic"):
+        if args.dataset == "synthetic":
+            images, labels = synthetic_digits(n, seed=0 if train else 1)
+        elif args.dataset in DATASETS:
+            data = DATASETS[args.dataset](args.data_dir, train, download=True)
+            images, labels = data.data[:n, None] / 127.5 - 1, data.targets[:n]
+            args.classes = [name.split(" - ")[0] for name in data.classes]  # "7 - seven" is 7
+        else:
+            images, labels, args.classes = folder_images(Path(args.dataset), n, train)
+    return images.to(args.device), labels.to(args.device)
+
+
+def folder_images(folder: Path, n: int, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    """The first n PNG and JPEG files, as grey 28x28 images; a subfolder is a class.
+
+    The order is that of a hash of their names: mixed, and always the same. In it, every seventh
+    file is a test image.
+    """
+    files = [p for p in folder.rglob("*.*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    files.sort(key=lambda p: zlib.crc32(p.relative_to(folder).as_posix().encode()))
+    classes = sorted({p.parent.name for p in files})
+    files = [p for i, p in enumerate(files) if (i % 7 == 0) != train][:n]
+    assert files, "there are too few PNG or JPEG files"
+    images = [v2.functional.pil_to_tensor(ImageOps.pad(Image.open(p).convert("L"), (28, 28)))
+              for p in tqdm(files, "images", delay=2)]
+    labels = torch.tensor([classes.index(p.parent.name) for p in files])
+    return torch.stack(images) / 127.5 - 1, labels, classes
 
 
 def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -99,16 +131,17 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     devices = [d for d in ("cuda", "mps") if getattr(torch, d).is_available()] + ["cpu"]
     parser = argparse.ArgumentParser(f"{script}.py", description=summary,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.set_defaults(script=script)
+    parser.set_defaults(script=script, classes=list("0123456789"))
     add = parser.add_argument
     add("--epochs", type=count, default=epochs, help="passes over the training images")
     add("--batch-size", type=count, default=batch_size, help="images in a training step")
     add("--lr", type=number(float, 1e-9), default=lr, help="peak rate; times 10 for Muon")
     add("--seed", type=number(int, 0), default=0, help="seed of training and sampling")
     add("--device", choices=devices, default=devices[0], help="where to compute")
-    add("--dataset", choices=["mnist", "synthetic"], default="mnist", help="what to learn")
+    add("--dataset", type=os.path.normpath, default="mnist", metavar="NAME",
+        help="mnist, fashion, kmnist, synthetic, or a folder of PNG or JPEG files")
     add("--train-images", type=count, default=60_000, help="use the first N images")
-    add("--data-dir", type=Path, default=Path("data"), help="folder of MNIST")
+    add("--data-dir", type=Path, default=Path("data"), help="folder of downloads")
     add("--out-dir", type=Path, default=Path("runs", script), help="folder of the results")
     add("--resume", action="store_true", help="continue from the checkpoint in --out-dir")
     add("--sample-only", action="store_true", help="no training: use that checkpoint, or weights/")
@@ -120,8 +153,10 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
     """The command line wins; then the checkpoint, then `tiny` if --fast-dev, then the defaults."""
-    if parser.parse_args(argv).fast_dev:
-        parser.set_defaults(**tiny, out_dir=f"runs/fast_dev/{parser.prog[:-3]}")
+    args = parser.parse_args(argv)
+    place = "fast_dev" if args.fast_dev else Path(args.dataset).absolute().name
+    parser.set_defaults(**tiny if args.fast_dev else {},
+                        out_dir=Path("runs", "" if place == "mnist" else place, args.script))
     args = parser.parse_args(argv)
     path, state = args.out_dir / "checkpoint.pt", {"history": [], "networks": {}, "training": {}}
     if args.resume or args.sample_only:
@@ -131,20 +166,30 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
             sys.exit(f"{state['path']} holds options of another type than here: {bad}")
         parser.set_defaults(**state["args"])
     args = parser.parse_args(argv, argparse.Namespace(checkpoint=path, state=state))
+    if (known := state.get("args", vars(args)).get("dataset")) != args.dataset:
+        parser.error(f"{state['path']} has learned {known}, not {args.dataset}: train first "
+                     "(05: --train-judge)")
+    if not (args.sample_only or args.dataset in [*DATASETS, "synthetic"]
+            or Path(args.dataset).is_dir()):
+        parser.error(f"--dataset {args.dataset}: neither a folder, nor {', '.join(DATASETS)}")
     if args.batch_size > args.train_images:
         parser.error(f"--batch-size {args.batch_size}: only {args.train_images} images")
     print(f"{args.script} on {args.device}, weights: {state.get('path', 'new')}")
     torch.set_flush_denormal(True)  # numbers below 1e-38 make a CPU many times slower
-    with one_line_error(f"--out-dir {args.out_dir} cannot be made"):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a script like Ctrl-C
+    with one_line_error(f"--out-dir {args.out_dir} cannot be made, or another run is using it"):
         args.out_dir.mkdir(parents=True, exist_ok=True)
+        args.lock = FileLock(args.out_dir / ".lock", is_singleton=True)
+        args.lock.acquire(blocking=False)
     return args
 
 
 @contextmanager
-def one_line_error(what: str):  # any error in the block ends the script in one line
+def one_line_error(what: str, kinds=Exception):
+    """An error in the block, any or one of some kinds, ends the script in one line."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001, each is shown
+    except kinds as error:
         sys.exit(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
 
@@ -190,6 +235,8 @@ class Stage:
     def __init__(self, args, name: str, model: nn.Module, epochs: int, lr: float, *data: Tensor):
         self.args, self.name, self.model, self.epochs = args, name, model, epochs
         self.lr, self.done, self.data, self.steps = lr, 0, data, len(data[0]) // args.batch_size
+        if not self.steps:
+            sys.exit(f"--batch-size {args.batch_size}: there are only {len(data[0])} to learn from")
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = Muon(model.parameters(), lr, fused=True)
         if name in args.state["networks"]:
@@ -253,9 +300,21 @@ class Stage:
         (args.out_dir / "metrics.jsonl").write_text("\n".join([*map(json.dumps, history), ""]))
 
 
+def stopped(args: argparse.Namespace):
+    """For main(): Ctrl-C and files that cannot be written, as on a full disk, end in one line."""
+    return one_line_error(f"stopped; --resume continues from {args.checkpoint} after its last "
+                          "epoch", (KeyboardInterrupt, OSError))
+
+
 def save(path: Path, state: dict) -> None:
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)  # a kill leaves the old file whole
+    """A kill, or a full disk, leaves the old file whole."""
+    tmp = path.with_suffix(".tmp")
+    try:
+        with one_line_error(f"cannot write {path}"):
+            torch.save(state, tmp)
+            tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def origin(args: argparse.Namespace) -> dict:
@@ -296,7 +355,7 @@ def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
     return images, torch.tensor(seconds[1:] or seconds).quantile(0.5).item()
 
 
-def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
+def measure(args, samplers: list, noise: Tensor, overview: str, below=(), **more) -> None:
     """Pictures, times and sets of each (made, sample) in `samplers`; the dict made describes it."""
     rows, history, networks = {}, args.state["history"], args.state["networks"]
     losses = {stage: [(epoch["epoch"], epoch["loss"]) for epoch in history
@@ -305,14 +364,15 @@ def measure(args, samplers: list, noise: Tensor, overview: str, **more) -> None:
     large = noise.repeat(63, 1, 1, 1)[: 1000 if noise.is_cuda else 64]  # 16 noises, repeated
     for made, sample in samplers:
         images, seconds = time_sampler(sample, noise, args.seed)
-        title = f"{made['name']}: {len(noise)} digits in {seconds:.3f} s"
+        title = f"{made['name']}: {len(noise)} images in {seconds:.3f} s"
         made |= {"file": re.sub("[ ,=]+", "_", made["name"]), "images": len(noise)}
         save_grid(images, args.out_dir / f"samples_{made['file']}.png", title, columns=8)
         rows[f"{made['name']}\n{seconds:.3f} s"] = images[:10]
         rate = len(large) / time_sampler(sample, large, args.seed)[1]
         print(f"{title}; {rate:.1f} images/s in batches of {len(large)}")
         made |= {"seconds": seconds, "images_per_second": rate, "large_batch": len(large)}
-    save_grid(torch.cat([*rows.values()]), args.out_dir / "samples.png", overview, 10, [*rows])
+    images = torch.cat([*rows.values()])
+    save_grid(images, args.out_dir / "samples.png", overview, 10, [*rows], below)
     report = origin(args) | more | {"samplers": [made for made, _ in samplers]}
     report |= {"trained_on": args.state["hardware"],
                "training_seconds": sum(epoch["seconds"] for epoch in history)}

@@ -30,7 +30,7 @@ def networks(script):
 def main() -> None:
     rng = torch.Generator().manual_seed(0)
     args, models = networks(ddpm)
-    x = common.load_digits(args, train=False)[0][:500]
+    x = common.load_images(args, train=False)[0][:500]
     schedule = ddpm.make_schedule(args.timesteps, args.device)
     points = []
     for low, high in pairwise(torch.linspace(0, args.timesteps, 11).int().tolist()):

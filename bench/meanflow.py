@@ -176,7 +176,7 @@ def meanflow_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 def train(args) -> dict[str, nn.Module]:
     """Train the average velocity, from the weights of 04's flow."""
-    images, labels = common.load_digits(args)
+    images, labels = common.load_images(args)
     torch.manual_seed(args.seed)
     model = make_models(args)["meanflow"]
     start_from_flow(args, model)

@@ -95,7 +95,7 @@ def main() -> None:
     batch, lr = int(values.get("batch", 64)), float(values.get("lr", 2e-3))
     folder, module = mine.out_dir, {"01": ddpm, "04": rflow}[script]
     args = module.parse_args(["--device", "cpu", "--out-dir", str(folder)])
-    digits, _ = common.load_digits(args)
+    digits, _ = common.load_images(args)
     schedule = ddpm.make_schedule(1000)
     torch.manual_seed(mine.seed)
     t_max = 1000 if script == "01" else 1
@@ -180,7 +180,7 @@ def score(result: dict, samplers: dict, samples: int, folder: Path, file: str) -
     """Add the distance of each sampler to `result`, keep it in results.jsonl, and draw pictures."""
     args = compare.parse_args(["--device", "cpu", "--out-dir", str(folder)])
     judge = common.load_networks(args.state, compare.make_models(args))["judge"]
-    test, _ = common.load_digits(args, train=False)
+    test, _ = common.load_images(args, train=False)
     real, _ = compare.features(judge, common.to_uint8(test))
     noise = torch.randn(samples, 1, 28, 28, generator=torch.Generator().manual_seed(1))
     for name, sample in samplers.items():

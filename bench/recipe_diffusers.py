@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out-dir", type=Path, default=Path("runs/recipe"))
     mine = parser.parse_args()
     folder, batch, steps = mine.out_dir, mine.batch_size, mine.images // mine.batch_size
-    digits, _ = common.load_digits(ddpm.parse_args(["--device", "cpu", "--out-dir", str(folder)]))
+    digits, _ = common.load_images(ddpm.parse_args(["--device", "cpu", "--out-dir", str(folder)]))
     torch.manual_seed(mine.seed)
     net = UNet2DModel(
         sample_size=28, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=8,

@@ -126,7 +126,7 @@ def test_the_measurements_in_bench(cuda, bench, tmp_path, monkeypatch, capsys):
     for script in (ddpm, latent):
         monkeypatch.setattr(script, "ddim_sample", lambda *three, sample=script.ddim_sample: (
             sample(*three[:3], steps=1)))
-    monkeypatch.setattr(common, "load_digits", lambda args, train=True: tuple(
+    monkeypatch.setattr(common, "load_images", lambda args, train=True: tuple(
         part.to(args.device) for part in common.synthetic_digits(8, 0)))
     counter = MagicMock()  # torch's own leaves the double
     counter().__enter__().get_total_flops.return_value = 2e6
@@ -137,7 +137,7 @@ def test_the_measurements_in_bench(cuda, bench, tmp_path, monkeypatch, capsys):
     assert len(list(tmp_path.glob("runs/loss_by_t/*.png"))) == 2
     libraries = bench("libraries")
     monkeypatch.setattr(libraries, "FlopCounterMode", counter)
-    monkeypatch.setattr(common, "load_digits", lambda args: (
+    monkeypatch.setattr(common, "load_images", lambda args: (
         torch.zeros(128, 1, 28, 28, device=args.device), torch.zeros(128, device=args.device)))
     weights, rate = libraries.train_ours("cuda", 2, tmp_path / "ours")
     assert weights == 1_241_537 and rate > 0
@@ -150,7 +150,7 @@ def test_the_measurements_in_bench(cuda, bench, tmp_path, monkeypatch, capsys):
                                          ["Euler-2", "Euler-5", "Euler-10"]),
     ("04+skip+net=8/8/8/0", ["Euler-2", "Euler-5", "Euler-10"])])
 def test_an_arm_of_the_recipes_leaves_its_distances(arm, samplers, bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "load_digits", lambda args, train=True: (
+    monkeypatch.setattr(common, "load_images", lambda args, train=True: (
         common.synthetic_digits(99, train)))
     monkeypatch.setattr(sys, "argv", ["recipe.py", arm, "--images", "198", "--samples", "9",
                                       "--out-dir", str(tmp_path)])

@@ -147,7 +147,7 @@ def test_worse_digits_score_worse(judge, digits):
 def test_the_shipped_classifier_reads_mnist(judge, tmp_path):
     args = compare.parse_args(["--device", "cpu", "--data-dir", str(ROOT / "data"),
                                "--out-dir", str(tmp_path)])
-    images, labels = common.load_digits(args, train=False)
+    images, labels = common.load_images(args, train=False)
     _, read = compare.features(judge, common.to_uint8(images))
     assert len(read) == 10_000 and (read == labels).double().mean() > 0.994
 
@@ -156,7 +156,7 @@ def test_a_classifier_trained_on_synthetic_digits_reads_others(fast_dev):
     """It sees shifted images, each with its own label."""
     args = fast_dev(compare, "--train-images", "1024", "--epochs", "2")
     judge = compare.train(args)["judge"]
-    images, labels = common.load_digits(args, train=False)
+    images, labels = common.load_images(args, train=False)
     _, read = compare.features(judge, common.to_uint8(images[:500]))
     assert (read == labels[:500]).double().mean() > 0.9
 
@@ -289,11 +289,11 @@ def test_sets_of_different_size_never_share_a_table(judge, tmp_path, capsys):
     assert text in capsys.readouterr().out
     twenty, verdicts, forty, more_verdicts = tables(text)
     where = [text.index(line) for line in ("N = 20 ", "DDIM ", "N = 40 ", "DDPM ")]
-    assert where[0] < where[1] < where[2] and text.index("training digits") > where[0]
+    assert where[0] < where[1] < where[2] and text.index("training images") > where[0]
     assert [(row["method"], row["sampler"], row["steps"]) for row in twenty] == [
-        ("diffusion", "DDIM", "10"), ("diffusion", "DDIM", "100"), ("training digits", "", "")]
+        ("diffusion", "DDIM", "10"), ("diffusion", "DDIM", "100"), ("training images", "", "")]
     assert [(row["method"], row["sampler"], row["steps"]) for row in forty] == [
-        ("diffusion", "DDPM", "1,000"), ("training digits", "", "")]
+        ("diffusion", "DDPM", "1,000"), ("training images", "", "")]
     assert [row["seconds for 16"] for row in twenty] == ["0.25", "2", ""]
     # the 20 digits of seed 0 are the training digits themselves
     assert twenty[1]["Fréchet distance"] == twenty[2]["Fréchet distance"]
@@ -337,7 +337,7 @@ def test_without_any_sets_the_floor_stands_alone(judge, tmp_path):
     args = compare.parse_args(options(tmp_path / "out", "--runs", str(tmp_path / "nothing")))
     compare.make_figures(args, judge)
     text = (tmp_path / "out" / "comparison.md").read_text()
-    assert [row["method"] for row in tables(text)[0]] == ["training digits"]
+    assert [row["method"] for row in tables(text)[0]] == ["training images"]
     assert "01_ddpm_ddim" in text
 
 

@@ -195,13 +195,13 @@ def test_mnist_is_scaled_to_minus_1_and_1(tmp_path):
     corner = bytes([0, 51]) + bytes(782)  # a fifth of white in the second pixel of the first row
     write_mnist(tmp_path, [white, corner, black], bytes([7, 0, 9]))
     write_mnist(tmp_path, [black], bytes([4]), "t10k")
-    images, labels = common.load_digits(mnist(tmp_path))
+    images, labels = common.load_images(mnist(tmp_path))
     assert images.shape == (3, 1, 28, 28) and labels.tolist() == [7, 0, 9]
     assert (images[0] == 1).all() and (images[2] == -1).all()
     assert images[1, 0, 0, :3].tolist() == pytest.approx([-1, -0.6, -1])
-    images, labels = common.load_digits(mnist(tmp_path, "--train-images", "2"))
+    images, labels = common.load_images(mnist(tmp_path, "--train-images", "2"))
     assert len(images) == 2 and labels.tolist() == [7, 0]
-    images, labels = common.load_digits(mnist(tmp_path, "--train-images", "2"), train=False)
+    images, labels = common.load_images(mnist(tmp_path, "--train-images", "2"), train=False)
     assert len(images) == 1 and labels.tolist() == [4]
 
 
@@ -215,7 +215,7 @@ def test_mnist_that_cannot_be_read_ends_in_one_line(damage, tmp_path):
             file.unlink()
         else:
             file.write_bytes(file.read_bytes()[: 0 if damage == "empty file" else 1000])
-    message = one_line(common.load_digits, mnist(tmp_path))
+    message = one_line(common.load_images, mnist(tmp_path))
     assert "MNIST" in message and "--dataset synthetic" in message
 
 
@@ -597,7 +597,7 @@ def test_resume_after_any_epoch_is_bit_identical(module, tmp_path, every_checkpo
 def test_02_measures_its_latents_and_keeps_that(tmp_path, every_checkpoint):
     """Mean and deviation of the latents, also after a kill at the end of the VAE's stage."""
     args = latent.parse_args(options(tmp_path, *TINY, "--vae-epochs", "2"))
-    images, _ = common.load_digits(args)
+    images, _ = common.load_images(args)
     vae = latent.train(args)["vae"]
     with torch.no_grad():
         mu, logvar = vae.encode(images)  # all 64 in one piece
@@ -634,7 +634,7 @@ def test_a_reflow_starts_from_the_flow_and_learns_from_its_pairs(module, tmp_pat
 def test_the_vae_of_02_learns(fast_dev):
     """After 400 steps it must be far better than the mean image, which any VAE begins with."""
     args = fast_dev(latent, "--train-images", "1600", "--epochs", "1", "--vae-epochs", "4")
-    images, _ = common.load_digits(args)
+    images, _ = common.load_images(args)
     vae = latent.train(args)["vae"]
     mu, logvar = latent.encode_all(vae, images)
     error = (vae.decode(mu[:500]) - images[:500]).square().mean()
@@ -877,7 +877,7 @@ def test_measure_draws_and_times_all_samplers_on_the_same_noise(measured, tmp_pa
         ("still, 3 steps", "A", 16, 3), ("wild, s = 2", "B", 16, 3)]
     for row in rows:
         picture = f"samples_{row['file']}.png"
-        assert f"{row['name']}: 16 digits in {row['seconds']:.3f} s" in run.titles[picture]
+        assert f"{row['name']}: 16 images in {row['seconds']:.3f} s" in run.titles[picture]
         assert f"{row['seconds']:.3f} s" in run.titles["samples.png"]
         assert row["large_batch"] == 64 and row["images_per_second"] > 0
     assert "the overview" in run.titles["samples.png"]
@@ -975,7 +975,7 @@ def test_a_grid_is_a_picture_with_a_title(tmp_path):
 def test_300_steps_on_mnist_learn(tmp_path):
     args = mnist(ROOT / "data", "--train-images", "4800", "--width", "16", "--batch-size", "16",
                  "--epochs", "1", "--out-dir", str(tmp_path))
-    images, labels = common.load_digits(args)
+    images, labels = common.load_images(args)
     assert images.min() == -1 and images.max() == 1 and labels[:5].tolist() == [5, 0, 4, 1, 9]
     torch.manual_seed(0)
     model, schedule = ddpm.make_models(args)["diffusion"], ddpm.make_schedule(1000)
