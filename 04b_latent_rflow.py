@@ -300,7 +300,8 @@ def load_pairs(args, net, folder: Path, data: Tensor) -> tuple[Tensor, Tensor]:
             real = data[n:end] if kind == "real" else None
             pair = make_pairs(net, end - n, args.pair_steps, rng, args.device, real)
             common.save(path, {"x0": pair[0].half().cpu(), "x1": pair[1].half().cpu()})
-        pairs.append(torch.load(path, map_location=args.device, weights_only=True))
+        with common.one_line_error(f"{path} is broken: delete it, and --resume makes it again"):
+            pairs.append(torch.load(path, map_location=args.device, weights_only=True))
     return tuple(torch.cat([pair[side] for pair in pairs]) for side in ("x0", "x1"))
 
 

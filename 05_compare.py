@@ -178,13 +178,14 @@ def load_set(path: Path, most: int) -> dict:
         else:
             samples = torch.load(path, map_location="cpu", weights_only=True)
         images = samples["images"]
-        assert images.dtype == torch.uint8
-        assert images.shape[1:] == (1, 28, 28)
-        assert len(images) == len(samples.get("labels", images)) >= 5  # labels are optional
-        shows = samples.get("args", {}).get("dataset", "")
-    samples = {"method": str(path), "sampler": "", "steps": None, "shows": shows} | samples
-    samples.setdefault("network_calls", samples["steps"])
-    return samples | {k: samples[k][:most] for k in ("images", "labels") if k in samples}
+        assert images.dtype == torch.uint8 and len(images) >= 5 and images.shape[1:] == (1, 28, 28)
+        assert "labels" not in samples or samples["labels"].shape == (len(images),)
+        samples = {"method": str(path), "sampler": "", "steps": None} | samples
+        samples |= {"shows": samples.get("args", {}).get("dataset", "")}
+        samples.setdefault("network_calls", samples["steps"])
+        assert all(type(samples[key]) is str for key in ("method", "sampler", "shows"))
+        score_table([samples])  # the figures are figures
+        return samples | {k: samples[k][:most] for k in ("images", "labels") if k in samples}
 
 
 def add_notes(rows: list[dict], args) -> None:
@@ -272,7 +273,7 @@ def score_table(rows: list[dict]) -> str:
 
 def curves(rows: list[dict], x: str, y: str) -> dict:
     """Lines for common.save_plot from the rows that have x and y, by row["line"]."""
-    lines, rows = {}, [row for row in rows if x in row and y in row]
+    lines, rows = {}, [row for row in rows if None not in (row.get(x), row.get(y))]
     for row in sorted(rows, key=lambda row: (row["line"], row[x])):
         lines.setdefault(row["line"], []).append((row[x], row[y]))
     return lines

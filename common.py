@@ -74,7 +74,7 @@ def load_images(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, T
     The names of the classes go into args.classes, and so into the checkpoint.
     """
     n = args.train_images
-    with one_line_error(f"cannot read {args.dataset} in {args.data_dir}; try --dataset synthetic"):
+    with one_line_error(f"no images of {args.dataset} in {args.data_dir}; try --dataset synthetic"):
         if args.dataset == "synthetic":
             images, labels = synthetic_digits(n, seed=0 if train else 1)
         elif args.dataset in DATASETS:
@@ -96,7 +96,7 @@ def folder_images(folder: Path, n: int, train: bool) -> tuple[Tensor, Tensor, li
     files.sort(key=lambda p: zlib.crc32(p.relative_to(folder).as_posix().encode()))
     classes = sorted({p.parent.name for p in files})
     files = [p for i, p in enumerate(files) if (i % 7 == 0) != train][:n]
-    assert files, "there are too few PNG or JPEG files"
+    assert len(files) >= 10, f"only {len(files)} PNG or JPEG files for this part"
     images = [v2.functional.pil_to_tensor(ImageOps.pad(Image.open(p).convert("L"), (28, 28)))
               for p in tqdm(files, "images", delay=2)]
     labels = torch.tensor([classes.index(p.parent.name) for p in files])
@@ -140,7 +140,7 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--dataset", type=os.path.normpath, default="mnist", metavar="NAME",
         help="mnist, fashion, kmnist, synthetic, or a folder of PNG or JPEG files")
-    add("--train-images", type=count, default=60_000, help="use the first N images")
+    add("--train-images", type=number(int, 10), default=60_000, help="use the first N images")
     add("--data-dir", type=Path, default=Path("data"), help="folder of downloads")
     add("--out-dir", type=Path, default=Path("runs", script), help="folder of the results")
     add("--resume", action="store_true", help="continue from the checkpoint in --out-dir")
@@ -249,40 +249,44 @@ class Stage:
     def __iter__(self):
         """Batches. On CUDA the fourth turn of the loop is recorded as a graph, and then replayed:
         so the body of the loop has to do the same for every batch, on the GPU alone."""
-        args, total, graph = self.args, self.epochs * self.steps, None
-        graphs = args.device == "cuda" and not args.no_graphs
-        index = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
-        lr = torch.zeros((), device=args.device)  # tensors, so that the graph reads them anew
-        self.optimizer.param_groups[0].update(lr=lr, capturable=True)
-        warm_up, self.decay = min(200, total / 10), 1 - 10 / max(total, 10)  # ema: about a tenth
+        args, total, self.graph = self.args, self.epochs * self.steps, None
+        self.index = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
+        self.rate = torch.zeros((), device=args.device)  # tensors, which a graph reads anew
+        self.optimizer.param_groups[0].update(lr=self.rate, capturable=True)
+        self.decay = 1 - 10 / max(total, 10)  # the average is over about a tenth of the run
         self.slow, self.fast = ([x for x in net.state_dict().values() if x.is_floating_point()]
                                 for net in (self.ema, self.model))  # weights, BatchNorm's averages
-        bar = tqdm(range(total), self.name, initial=self.done * self.steps, mininterval=1)
-        while self.done < self.epochs:  # each epoch has its own seed, so that --resume repeats it
-            self.losses, start = [], time.perf_counter()
-            torch.manual_seed(self.done + 1000 * args.seed)
-            order = torch.randperm(len(self.data[0]), device=args.device)
-            for chosen in order.split(args.batch_size)[: self.steps]:  # all full
-                i = self.done * self.steps + len(self.losses)
-                lr.fill_(self.lr * min((i + 1) / warm_up, 1) * (1 - i / total))  # up, down to zero
-                index.copy_(chosen)
-                if not graph:
-                    graph = torch.cuda.CUDAGraph() if graphs and len(self.losses) == 3 else None
-                    with torch.cuda.graph(graph) if graph else nullcontext():
-                        yield [part[index] for part in self.data]
-                if graph:
-                    graph.replay()  # the recording itself computed nothing
-                self.losses.append(self.loss.clone())
-                if bar.update():  # once a second, since reading a loss makes a GPU wait
-                    bar.set_postfix(loss=torch.stack(self.losses[-100:]).mean().item())
-            loss, seconds = torch.stack(self.losses).mean().item(), time.perf_counter() - start
-            if not loss < 1e9:  # it may be infinite, or no number
-                sys.exit(f"the loss became {loss}: try a lower --lr (the last checkpoint is kept)")
-            self.done += 1
-            epoch = {"stage": self.name, "epoch": self.done, "loss": loss, "lr": lr.item()}
-            rate = self.steps * args.batch_size / seconds
-            args.state["history"].append(epoch | {"seconds": seconds, "images_per_second": rate})
-            self.save_all()
+        done = self.done * self.steps
+        with tqdm(total=total, desc=self.name, initial=done, mininterval=1) as bar:
+            while self.done < self.epochs:
+                yield from self.epoch(total, bar)
+
+    def epoch(self, total: int, bar: tqdm):
+        args, losses, start = self.args, [], time.perf_counter()
+        torch.manual_seed(self.done + 1000 * args.seed)  # one an epoch, so that --resume repeats it
+        order = torch.randperm(len(self.data[0]), device=args.device)
+        for chosen in order.split(args.batch_size)[: self.steps]:  # all full
+            i, warm_up = self.done * self.steps + len(losses), min(200, total / 10)
+            self.rate.fill_(self.lr * min((i + 1) / warm_up, 1) * (1 - i / total))  # up, down to 0
+            self.index.copy_(chosen)
+            if not self.graph:
+                record = args.device == "cuda" and not args.no_graphs and len(losses) == 3
+                self.graph = torch.cuda.CUDAGraph() if record else None
+                with torch.cuda.graph(self.graph) if record else nullcontext():
+                    yield [part[self.index] for part in self.data]
+            if self.graph:
+                self.graph.replay()  # the recording itself computed nothing
+            losses.append(self.loss.clone())
+            if bar.update():  # once a second, since reading a loss makes a GPU wait
+                bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
+        loss, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
+        if not loss < 1e9:  # it may be infinite, or no number
+            sys.exit(f"the loss became {loss}: try a lower --lr (the last checkpoint is kept)")
+        self.done += 1
+        epoch = {"stage": self.name, "epoch": self.done, "loss": loss, "lr": self.rate.item()}
+        rate = self.steps * args.batch_size / seconds
+        args.state["history"].append(epoch | {"seconds": seconds, "images_per_second": rate})
+        self.save_all()
 
     def step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()

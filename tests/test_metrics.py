@@ -219,11 +219,10 @@ def test_unlike_runs_are_marked(fast_dev):
     epyc, xeon = "2 cores, AMD EPYC", "2 cores, Intel Xeon"
     rows = [{"args": made, "hardware": epyc}, {"args": made, "hardware": epyc},
             {"args": made, "hardware": xeon}, {"hardware": epyc},
-            {"args": made | {"fast_dev": True}, "hardware": epyc},
-            {"args": made | {"dataset": "synthetic"}, "hardware": epyc}]
+            {"args": made | {"fast_dev": True}, "hardware": epyc}]
     compare.add_notes(rows, args)
     assert [row["note"] for row in rows] == [
-        "", "", f"on {xeon}", "unknown origin", "a miniature", "synthetic digits"]
+        "", "", f"on {xeon}", "unknown origin", "a miniature"]
 
 
 # ------------------------------------------------------------------------------------ sets

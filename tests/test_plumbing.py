@@ -216,13 +216,13 @@ def test_mnist_that_cannot_be_read_ends_in_one_line(damage, tmp_path):
         else:
             file.write_bytes(file.read_bytes()[: 0 if damage == "empty file" else 1000])
     message = one_line(common.load_images, mnist(tmp_path))
-    assert "MNIST" in message and "--dataset synthetic" in message
+    assert "mnist" in message and "--dataset synthetic" in message
 
 
 # --------------------------------------------------------------------------------- options
 
 SHARED_ERRORS = [  # what is typed, and what the last line must say
-    ("--dataset cifar", "invalid choice: 'cifar'"),
+    ("--dataset cifar", "--dataset cifar: neither a folder, nor mnist, fashion, kmnist"),
     ("--epochs two", "invalid number value: 'two'"),
     ("--epochs 0", "--epochs: 0"),
     ("--lr nan", "--lr: nan"),
@@ -931,7 +931,7 @@ def test_labels_belong_to_the_images_that_03_drew(tmp_path, monkeypatch):
             continue
         labels = samples["labels"] - 0.0
         if samples["guidance"] == 3:
-            labels = 10 + 3 * (labels - 10)
+            labels = cfg.NULL + 3 * (labels - cfg.NULL)
         expected = common.to_uint8(labels / 5 - 1).tolist()
         assert samples["images"][:, 0, 0, 0].tolist() == pytest.approx(expected, abs=1)
         calls = {1: 10, 3: 20}

@@ -1,0 +1,248 @@
+"""Data sets that are not MNIST: torchvision's other two, and folders of pictures."""
+
+import gzip
+import random
+
+import pytest
+import torch
+from PIL import Image
+from scripts import DRAWING, cfg, compare, ddpm, latent, latent_flow, one_line, usage_error
+from torchvision.transforms.functional import to_pil_image
+
+import common
+
+SHADES = {"circles": 50, "squares": 120, "stars": 200}
+
+
+def write_folder(folder, n: int = 28, side=(28, 28)):
+    """n pictures for each class, of one shade of grey each, with one white row on top."""
+    for name, shade in SHADES.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            image = Image.new("L", side, shade)
+            image.paste(255, (0, 0, side[0], 1 + i % 5))
+            image.save(folder / name / f"{i:03}.png")
+    return folder
+
+
+def arguments(out, dataset, *more: str, module=ddpm):
+    return module.parse_args(["--device", "cpu", "--out-dir", str(out), "--batch-size", "8",
+                              "--dataset", str(dataset), *more])
+
+
+@pytest.mark.parametrize(("dataset", "name", "sixth"), [
+    ("mnist", "MNIST", "6"), ("fashion", "FashionMNIST", "Shirt"), ("kmnist", "KMNIST", "ma")])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_torchvisions_sets_have_names_for_their_classes(
+    dataset, name, sixth, compressed, tmp_path, monkeypatch
+):
+    """The idx format by hand: a magic number, sizes in four bytes each, then pixels or labels."""
+    raw, size = tmp_path / name / "raw", (12).to_bytes(4, "big")
+    raw.mkdir(parents=True)
+    side = (28).to_bytes(4, "big")
+    pixels = b"".join(bytes([0, 51, 255, *[10 * i] * 781]) for i in range(12))
+    for kind in ("train", "t10k"):
+        files = {f"{kind}-images-idx3-ubyte": bytes([0, 0, 8, 3]) + size + side + side + pixels,
+                 f"{kind}-labels-idx1-ubyte": bytes([0, 0, 8, 1]) + size + bytes([6, 9] * 6)}
+        for file, content in files.items():
+            if compressed:
+                (raw / f"{file}.gz").write_bytes(gzip.compress(content))
+            else:
+                (raw / file).write_bytes(content)
+    if compressed:  # as torchvision leaves them; their checksums are of the real archives
+        monkeypatch.setattr("torchvision.datasets.utils.check_integrity", lambda *rest: True)
+    args = arguments(tmp_path / "out", dataset, "--data-dir", str(tmp_path))
+    images, labels = common.load_images(args)
+    assert images.shape == (12, 1, 28, 28) and labels.tolist() == [6, 9] * 6
+    assert images[3, 0, 0, :4].tolist() == pytest.approx([-1, -0.6, 1, 60 / 255 - 1])
+    assert len(args.classes) == 10 and args.classes[6] == sixth
+    assert common.load_images(args, train=False)[0].shape == (12, 1, 28, 28)
+
+
+def test_a_subfolder_is_a_class_and_every_seventh_picture_is_for_testing(tmp_path):
+    folder = write_folder(tmp_path / "shapes")
+    args = arguments(tmp_path / "out", folder)
+    images, labels = common.load_images(args)
+    test_images, test_labels = common.load_images(args, train=False)
+    assert (len(images), len(test_images)) == (72, 12)  # of 84
+    assert args.classes == ["circles", "squares", "stars"]
+    assert torch.cat([labels, test_labels]).bincount().tolist() == [28] * 3
+    for x, y in ((images, labels), (test_images, test_labels)):
+        shades = (x[:, 0, 20, 20] + 1) * 127.5
+        assert shades.tolist() == pytest.approx([list(SHADES.values())[label] for label in y])
+        assert (x[:, 0, 0] == 1).all()  # up is up
+    assert {*labels[:12].tolist()} == {0, 1, 2}  # mixed, so that the first few have all classes
+    first = common.load_images(arguments(tmp_path / "out", folder, "--train-images", "20"))
+    assert torch.equal(first[0], images[:20]) and torch.equal(first[1], labels[:20])
+    again = common.load_images(arguments(tmp_path / "out", f"{folder}/"))
+    assert torch.equal(again[0], images)
+
+
+def test_a_folder_without_subfolders_is_one_class(tmp_path):
+    (tmp_path / "flat").mkdir()
+    for i in range(70):
+        Image.new("L", (28, 28), i).save(tmp_path / "flat" / f"{i}.PNG")
+    (tmp_path / "flat" / "notes.txt").write_text("no picture")
+    args = arguments(tmp_path / "out", tmp_path / "flat")
+    images, labels = common.load_images(args)
+    assert args.classes == ["flat"] and labels.tolist() == [0] * 60
+    test_images, _ = common.load_images(args, train=False)
+    shades = torch.cat([images, test_images])[:, 0, 0, 0]
+    assert sorted(((shades + 1) * 127.5).round().tolist()) == [*range(70)]
+
+
+@pytest.mark.parametrize(("ending", "mode", "color", "grey"), [
+    ("png", "L", 128, 128), ("jpg", "L", 128, 128), ("png", "RGB", (255, 0, 0), 76),
+    ("jpeg", "RGB", (255, 0, 0), 76), ("png", "RGBA", (0, 255, 0, 255), 150), ("png", "1", 1, 255)])
+def test_pictures_become_grey_and_fit_into_28x28(ending, mode, color, grey, tmp_path):
+    """Twice as wide as high: black above and below. Grey is 0.299 red + 0.587 green + ..."""
+    (tmp_path / "wide").mkdir()
+    for i in range(20):
+        Image.new(mode, (120, 60), color).save(tmp_path / "wide" / f"{i}.{ending}")
+    images, _ = common.load_images(arguments(tmp_path / "out", tmp_path / "wide"))
+    pixels = (images[0, 0] + 1) * 127.5
+    assert (pixels[:7] == 0).all() and (pixels[21:] == 0).all()
+    assert pixels[7:21].flatten().tolist() == pytest.approx([grey] * 14 * 28, abs=2)
+
+
+@pytest.mark.parametrize("content", ["nothing", "one", "text", "half"])
+def test_a_bad_folder_ends_in_one_line(content, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range({"nothing": 0, "one": 1}.get(content, 20)):
+        pixels = random.Random(i).randbytes(784)
+        Image.frombytes("L", (28, 28), pixels).save(folder / f"{i}.png")
+        if i == 5:
+            whole = (folder / "5.png").read_bytes()
+            (folder / "5.png").write_bytes(b"hello" if content == "text" else whole[:300])
+    message = one_line(common.load_images, arguments(tmp_path / "out", folder))
+    assert str(folder) in message
+    assert ("only" if content in ("nothing", "one") else "") in message
+    assert content != "text" or "5.png" in message
+
+
+def test_a_batch_of_more_pictures_than_there_are_ends_in_one_line(tmp_path):
+    args = arguments(tmp_path / "out", write_folder(tmp_path / "shapes", 4), "--batch-size", "11")
+    assert "--batch-size 11: there are only 10" in one_line(ddpm.train, args)
+
+
+@pytest.fixture
+def untimed(monkeypatch):
+    """Every sampler draws once, 16 images at most, and is said to take a second."""
+    monkeypatch.setattr(common, "time_sampler", lambda sample, noise, seed: (
+        sample(noise[:16], torch.Generator().manual_seed(seed)), 1.0))
+
+
+TINY = ["--epochs", "1", "--width", "8", "--eval-samples", "6"]
+STEPS = ["--timesteps", "4", "--ddim-steps", "2"]
+OPTIONS = {ddpm: [*STEPS, "--ddim-sweep", "1"], latent: [*STEPS, "--vae-epochs", "1"],
+           cfg: [*STEPS, "--guidance-sweep", "0"]}
+
+
+@pytest.mark.parametrize("module", DRAWING)
+def test_each_script_learns_samples_resumes_and_draws_a_folder(
+    module, tmp_path, monkeypatch, untimed
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "straightness", lambda *rest: 0.0, raising=False)
+    write_folder(tmp_path / "shapes", 24)
+    seen, save_grid = [], common.save_grid
+    monkeypatch.setattr(common, "save_grid", lambda *rest, **named: (
+        seen.append(str((rest[1:], named))), save_grid(*rest, **named)))
+    common_options = ["--device", "cpu", "--batch-size", "8", "--dataset", "shapes", *TINY]
+    more = OPTIONS.get(module, ["--steps", "1", "--pairs", "16", "--pair-steps", "1",
+                                "--reflow-epochs", "1", "--real-pairs", "0"])
+    if module is latent_flow:
+        vae = ["--vae-epochs", "1", *STEPS]
+        assert "shapes/02_latent_diffusion/checkpoint.pt" in one_line(
+            module.main, [*common_options, *more])
+        latent.main([*common_options, *vae])
+    module.main([*common_options, *more])
+    out = tmp_path / "runs" / "shapes" / module.__name__  # not where a run on MNIST would be
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["args"]["dataset"] == "shapes"
+    assert state["args"]["classes"] == ["circles", "squares", "stars"]
+    module.main(["--device", "cpu", "--dataset", "shapes", "--resume", "--epochs", "2"])
+    sets = [torch.load(path, weights_only=True) for path in out.glob("eval_*.pt")]
+    assert sets and all(one["images"].shape == (6, 1, 28, 28) for one in sets)
+    if module is cfg:
+        assert state["networks"]["diffusion"]["label_tokens.weight"].shape[0] == 4
+        assert [one["labels"].tolist() for one in sets if one["guidance"]] == [[0, 1, 2] * 2] * 2
+        overview = next(line for line in seen if "samples.png" in line)
+        assert "circles" in overview and "stars" in overview
+    (tmp_path / "shapes").rename(tmp_path / "gone")  # what is trained needs no data
+    module.main(["--device", "cpu", "--dataset", "shapes", "--sample-only"])
+
+
+def test_03_draws_classes_by_number_and_names_them(
+    tmp_path, monkeypatch, capsys, untimed
+):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "shapes", 24)
+    typed = ["--device", "cpu", "--dataset", "shapes"]
+    cfg.main([*typed, "--batch-size", "8", *TINY, *OPTIONS[cfg], "--eval-samples", "0"])
+    titles, save_grid = [], common.save_grid
+    monkeypatch.setattr(common, "save_grid", lambda *rest, **named: (
+        titles.append(rest[2]), save_grid(*rest, **named)))
+    cfg.main([*typed, "--digits", "201"])
+    assert titles == ["Guided, s = 3: stars circles squares"]
+    capsys.readouterr()
+    last = usage_error(cfg, ["--dataset", "shapes", "--digits", "3"], capsys)
+    assert "there are only 3 classes" in last
+
+
+@pytest.mark.parametrize("how", ["--resume", "--sample-only"])
+def test_weights_of_another_data_set_are_named(how, tmp_path, capsys):
+    folder = write_folder(tmp_path / "shapes", 24)
+    ddpm.train(arguments(tmp_path, folder, *TINY, *OPTIONS[ddpm]))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    last = usage_error(ddpm, [how, "--out-dir", str(tmp_path), "--dataset", "fashion"], capsys)
+    assert f"{tmp_path}/checkpoint.pt has learned {folder}, not fashion" in last
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    last = usage_error(ddpm, ["--sample-only", "--dataset", "kmnist"], capsys)
+    assert "weights/01_ddpm_ddim.pt has learned mnist, not kmnist" in last
+
+
+def test_05_judges_a_set_with_the_classifier_of_that_set_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "shapes", 24)
+    last = usage_error(compare, ["--dataset", "shapes"], capsys)
+    assert "has learned mnist, not shapes: train first (05: --train-judge)" in last
+    typed = ["--device", "cpu", "--dataset", "shapes", "--eval-samples", "5"]
+    images = torch.randint(256, (5, 1, 28, 28)).byte()
+    for folder, dataset in (("01_ddpm_ddim", "shapes"), ("elsewhere", "fashion")):
+        (tmp_path / "runs" / "shapes" / folder).mkdir(parents=True)
+        torch.save({"images": images, "method": dataset, "args": {"dataset": dataset}},
+                   tmp_path / "runs" / "shapes" / folder / "eval_1.pt")
+    compare.main([*typed, "--train-judge", "--epochs", "8", "--batch-size", "8"])
+    text = (tmp_path / "runs" / "shapes" / "05_compare" / "comparison.md").read_text()
+    assert "The classifier of shapes in runs/shapes/05_compare/checkpoint.pt reads " in text
+    assert "10 test images" in text or "11 test images" in text
+    methods = {line.split("|")[1].strip() for line in text.splitlines() if line.count("|") > 5}
+    assert {"shapes", "training images"} <= methods and "fashion" not in methods
+    stranger = "runs/shapes/elsewhere/eval_1.pt"
+    assert f"does not know what these show: {stranger}" in text
+    state = torch.load("runs/shapes/05_compare/checkpoint.pt", weights_only=True)
+    assert len(state["networks"]["judge"]["classify.weight"]) == 3
+    assert f"does not know what these show: {stranger}" in one_line(
+        compare.main, [*typed, stranger])  # and now it is loaded, not trained
+    compare.main([*typed, "runs/shapes/01_ddpm_ddim/eval_1.pt"])
+    assert torch.load("runs/shapes/05_compare/checkpoint.pt", weights_only=True)["history"] == (
+        state["history"])
+    last = usage_error(compare, [*typed[:2], "--out-dir", "runs/shapes/05_compare", "--dataset",
+                                 "mnist"], capsys)
+    assert "has learned shapes, not mnist" in last
+
+
+def test_printed_digits_as_pictures_are_the_same_digits(tmp_path):
+    images, labels = common.synthetic_digits(70, seed=0)
+    for i, (image, label) in enumerate(zip(images, labels.tolist())):
+        folder = tmp_path / "digits" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        to_pil_image(common.to_uint8(image)).save(folder / f"{i}.png")
+    args = arguments(tmp_path / "out", tmp_path / "digits")
+    ours, classes = common.load_images(args)
+    assert args.classes == list("0123456789")
+    for image, label in zip(ours, classes):
+        same = (images - image).abs().amax((1, 2, 3)) < 0.01
+        assert labels[same].tolist() == [label]
