@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None):
             "width": 8, "timesteps": 20, "ddim_steps": 10, "ddim_sweep": [2, 5], "eval_samples": 20}
     args = common.parse(parser, argv, tiny)
     if max(args.ddim_steps, *args.ddim_sweep) > args.timesteps:
-        parser.error(f"DDIM takes at most --timesteps {args.timesteps} steps")
+        parser.error(f"--ddim-steps, --ddim-sweep: at most --timesteps {args.timesteps}")
     return args
 
 

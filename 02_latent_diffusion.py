@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None = None):
             "width": 8, "timesteps": 20, "ddim_steps": 10, "vae_epochs": 4, "eval_samples": 20}
     args = common.parse(parser, argv, tiny)
     if args.ddim_steps > args.timesteps:
-        parser.error(f"DDIM takes at most --timesteps {args.timesteps} steps")
+        parser.error(f"--ddim-steps: DDIM takes at most --timesteps {args.timesteps} steps")
     return args
 
 

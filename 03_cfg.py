@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None):
         parser.set_defaults(sample_only=True)
     args = common.parse(parser, argv, tiny)
     if args.ddim_steps > args.timesteps:
-        parser.error(f"DDIM takes at most --timesteps {args.timesteps} steps")
+        parser.error(f"--ddim-steps: DDIM takes at most --timesteps {args.timesteps} steps")
     if args.digits and int(max(args.digits)) >= len(args.classes):
         parser.error(f"--digits {args.digits}: there are only {len(args.classes)} classes, from 0")
     return args

@@ -165,16 +165,29 @@ def test_kill_and_resume_is_bit_identical(tmp_path):
         torch.testing.assert_close(one[part], two[part], rtol=0, atol=0)
 
 
-def test_ctrl_c_ends_in_one_line_that_names_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_in_one_line_that_names_the_checkpoint(how, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup's children would ignore it
     process = start("01_ddpm_ddim", "--fast-dev", "--epochs", "1000000", cwd=tmp_path)
     results = tmp_path / "runs" / "fast_dev" / "01_ddpm_ddim"
     wait_for(results / "metrics.jsonl", process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     last = end(process, status=1).splitlines()[-1]
     assert last.startswith("stopped; --resume")
     assert "runs/fast_dev/01_ddpm_ddim/checkpoint.pt" in last
     assert load(results / "checkpoint.pt")["history"]
+
+
+def test_a_second_run_in_the_same_folder_says_so_and_stops(tmp_path):
+    first = start("01_ddpm_ddim", "--fast-dev", "--epochs", "1000000", cwd=tmp_path)
+    results = tmp_path / "runs" / "fast_dev" / "01_ddpm_ddim"
+    wait_for(results / "checkpoint.pt", first)
+    for how in ([], ["--resume"], ["--sample-only"]):
+        last = run("01_ddpm_ddim", "--fast-dev", *how, cwd=tmp_path, status=1).splitlines()[-1]
+        assert "runs/fast_dev/01_ddpm_ddim" in last and "another run is using it" in last
+    assert first.poll() is None  # and the first did not notice
+    first.kill()
+    first.communicate()
 
 
 def test_bad_input_ends_in_one_line(tmp_path):
@@ -208,7 +221,7 @@ def test_digits_are_drawn_from_the_shipped_weights(tmp_path):
     printed = run("03_cfg", "--digits", "271828", "--ddim-steps", "5", cwd=tmp_path)
     assert "weights/03_cfg.pt" in printed
     results = tmp_path / "runs" / "03_cfg"
-    assert [path.name for path in results.iterdir()] == ["digits_271828.png"]
+    assert {path.name for path in results.iterdir()} == {".lock", "digits_271828.png"}
     check_picture(results / "digits_271828.png")
 
 
