@@ -182,8 +182,10 @@ def test_a_second_run_in_the_same_folder_says_so_and_stops(tmp_path):
     first = start("01_ddpm_ddim", "--fast-dev", "--epochs", "1000000", cwd=tmp_path)
     results = tmp_path / "runs" / "fast_dev" / "01_ddpm_ddim"
     wait_for(results / "checkpoint.pt", first)
-    for how in ([], ["--resume"], ["--sample-only"]):
-        last = run("01_ddpm_ddim", "--fast-dev", *how, cwd=tmp_path, status=1).splitlines()[-1]
+    others = [start("01_ddpm_ddim", "--fast-dev", *how, cwd=tmp_path)
+              for how in ([], ["--resume"], ["--sample-only"])]
+    for other in others:
+        last = end(other, status=1).splitlines()[-1]
         assert "runs/fast_dev/01_ddpm_ddim" in last and "another run is using it" in last
     assert first.poll() is None  # and the first did not notice
     first.kill()
