@@ -347,9 +347,9 @@ def spy_on_labels(seen: list):
 
 
 @pytest.mark.parametrize(("scale", "shift"), [
-    (0, [10, 10, 10]),  # the null class alone
+    (0, [-1, -1, -1]),  # the null class alone, whose label is -1
     (1, [3, 0, 9]),
-    (2.5, [-7.5, -15, 7.5]),  # 10 + 2.5 (3 - 10), 10 + 2.5 (0 - 10), 10 + 2.5 (9 - 10)
+    (2.5, [9, 1.5, 24]),  # -1 + 2.5 (3 + 1), -1 + 2.5 (0 + 1), -1 + 2.5 (9 + 1)
 ])
 def test_guidance_by_hand(scale, shift):
     seen, labels = [], torch.tensor([3, 0, 9])
@@ -363,8 +363,23 @@ def test_guidance_by_hand(scale, shift):
 
 @pytest.mark.parametrize("label", [-1, 10, 11])
 def test_labels_that_are_no_digits_are_refused(label):
-    with pytest.raises(ValueError, match="labels are the digits 0 to 9, not"):
+    with pytest.raises(ValueError, match="labels are 0 to 9, not"):
         cfg.guided(None, torch.tensor([3, label]), 2.0)
+
+
+def test_as_many_labels_as_classes_and_the_null_label_is_the_last_embedding():
+    cfg.guided(None, torch.tensor([0, 25]), 2.0, classes=26)
+    with pytest.raises(ValueError, match="labels are 0 to 2, not"):
+        cfg.guided(None, torch.tensor([3]), 2.0, classes=3)
+    torch.manual_seed(0)
+    model = cfg.UNet(8, 1000, 4, classes=3)
+    torch.nn.init.normal_(model.conv_out.weight)
+    x, t = torch.randn(1, 1, 28, 28).expand(4, -1, -1, -1), torch.full((4,), 5)
+    out = model(x, t, torch.tensor([0, 1, 2, cfg.NULL]))
+    with torch.no_grad():
+        model.label_channels.weight[3] += 1  # the fourth of four
+    changed = (model(x, t, torch.tensor([0, 1, 2, cfg.NULL])) != out).flatten(1).any(1)
+    assert changed.tolist() == [False, False, False, True]
 
 
 def test_a_hidden_label_does_not_matter_and_others_do():
@@ -377,7 +392,7 @@ def test_a_hidden_label_does_not_matter_and_others_do():
         return cfg.diffusion_loss(model, schedule, x0, labels, 0.3).item()
 
     before = loss(labels)
-    hidden = seen[0] == 10
+    hidden = seen[0] == -1
     assert 5 < hidden.sum() < 35  # some samples of the batch, not all or none
     assert torch.equal(seen[0][~hidden], labels[~hidden])
     for i in range(64):
@@ -393,7 +408,7 @@ def test_labels_are_hidden_at_the_stated_rate(rate):
     for _ in range(200):
         labels = torch.randint(10, (50,))
         cfg.diffusion_loss(spy_on_labels(seen), cfg.make_schedule(10), x0, labels, rate)
-    hidden = (torch.stack(seen) == 10).double()
+    hidden = (torch.stack(seen) == -1).double()
     assert hidden.mean().item() == pytest.approx(rate, abs=0.015)  # 10,000 draws: 5 sigma at 0.1
     spread = hidden.sum(1).var().item()  # of a batch's number: binomial, as each is drawn alone
     assert spread == pytest.approx(50 * rate * (1 - rate), rel=0.4)
