@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -264,7 +265,7 @@ def test_the_script_for_a_gpu_runs_in_miniature_and_repeats_nothing(tmp_path):
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout.splitlines()
 
-    assert call(1, minutes="0")[-1].startswith("not done: machine 01_ddpm_ddim")
+    assert call(1, minutes="0")[-1].startswith("not done: machine 04_rectified_flow")
     stages = {path.stem for path in tmp_path.glob("*.log")}
     assert not stages
     printed = call(0)
@@ -277,6 +278,11 @@ def test_the_script_for_a_gpu_runs_in_miniature_and_repeats_nothing(tmp_path):
         assert found in text
     weights = {path.stem for path in (tmp_path / "weights").iterdir()}
     assert weights == {*STAGES}
+    for script in STAGES:
+        with tarfile.open(tmp_path / f"{script}.tgz") as file:
+            names = file.getnames()
+        assert {f"weights/{script}.pt", f"{script}/samples.png", f"{script}/metrics.jsonl"} <= {
+            *names} and not [name for name in names if "eval_" in name or "checkpoint" in name]
 
     (tmp_path / "04b_latent_rflow.seconds").unlink()  # as if it had been cut off
     again = call(0)

@@ -4,10 +4,12 @@
 #     bash bench/gpu.sh                 we expect half an hour on a large GPU
 #     MINUTES=9 bash bench/gpu.sh       the same in pieces: call it until it says that all is done
 #     SAMPLES=1000 bash bench/gpu.sh    smaller sets for 05, for a small GPU (default 10000)
+#     SCRIPTS="04_rectified_flow 01_ddpm_ddim" bash bench/gpu.sh      train these, in this order
 #     bash bench/gpu.sh --dry-run DIR   in miniature, on a CPU
 #
 # What is done is not repeated, and a training that was cut off goes on after its last epoch. All
-# results are in runs/gpu (or DIR): results.md, with tables for RESULTS.md, and what it comes from.
+# results are in runs/gpu (or DIR): results.md, with tables for RESULTS.md, what it comes from, and
+# SCRIPT.tgz with weights, pictures and figures of each script that has ended, to be carried away.
 # Needs MNIST in data/, or a way to download it; pip install pytest for the tests on the device.
 # PYTHON=... names another interpreter; it and DIR are relative to the repository.
 set -u
@@ -67,17 +69,17 @@ run() { # a script, with further options: from its checkpoint, if there is one
 
 stage machine "$python" bench/gpu_table.py --describe "$device"
 [ -e "$out/machine.seconds" ] || [ "$end" = 0 ] || exit 1 # no such device, or no such interpreter
-if [ "$device" = cuda ]; then
-    stage tests "$python" -m pytest -q tests/test_device.py -k GPU
-fi
-scripts=(01_ddpm_ddim 02_latent_diffusion 03_cfg 04_rectified_flow 04b_latent_rflow)
-for script in "${scripts[@]}"; do
-    more=()
-    [ "$script" = 04b_latent_rflow ] && more=(--vae "$out/02_latent_diffusion/checkpoint.pt")
+for script in ${SCRIPTS:-04_rectified_flow 02_latent_diffusion 04b_latent_rflow 01_ddpm_ddim 03_cfg}; do
+    more=() vae=$out/02_latent_diffusion/checkpoint.pt
+    [ "$script" = 04b_latent_rflow ] && [ -e "$vae" ] && more=(--vae "$vae")
     run "$script" "${more[@]}"
+    if [ -e "$out/$script.seconds" ] && [ ! -e "$out/$script.tgz" ]; then
+        "$python" bench/export_weights.py "$out/$script/checkpoint.pt" --to "$out/weights" &&
+            tar -czf "$out/$script.tgz" -C "$out" --exclude "$script/checkpoint.pt" \
+                --exclude "$script/pairs" --exclude "eval_*" "$script" "weights/$script.pt"
+    fi
 done
-if [ ${#unfinished[@]} = 0 ] || [ "${unfinished[*]}" = tests ]; then
-    stage weights "$python" bench/export_weights.py "$out"/0*/checkpoint.pt --to "$out/weights"
+if [ ${#unfinished[@]} = 0 ]; then
     stage 05_compare "$python" 05_compare.py --device "$device" --runs "$out" \
         --out-dir "$out/05_compare" --eval-samples "$samples" "${small[@]}"
 fi
@@ -87,6 +89,9 @@ for name in graphs no_graphs; do
     stage "$name" "$python" 01_ddpm_ddim.py --device "$device" --eval-samples 0 \
         --out-dir "$out/$name" "${small[@]}" "${short[@]}" "${options[@]}"
 done
+if [ "$device" = cuda ]; then
+    stage tests "$python" -m pytest -q tests/test_device.py -k GPU
+fi
 stage speed_ups "$python" bench/speed_ups.py --device "$device" "${small[@]:0:1}"
 if "$python" -c "import diffusers, accelerate, denoising_diffusion_pytorch" 2>"$out/libraries.txt"; then
     stage libraries "$python" bench/libraries.py --device "$device"
