@@ -73,9 +73,7 @@ T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative 
     "all-at-0": lambda u: 0 * u,  # distillation (Liu et al.), for one step alone
 }
 
-
 VAE_FILE = Path(__file__).parent / "weights" / "02_latent_diffusion.pt"
-
 # The VAE, word for word that of 02.
 
 
