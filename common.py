@@ -384,16 +384,17 @@ def measure(args, samplers: list, noise: Tensor, overview: str, below=(), **more
     (args.out_dir / "timings.json").write_text(json.dumps(report, indent=1))
     by_default = 10_000 if noise.is_cuda and not args.sample_only else 0
     wanted = by_default if args.eval_samples is None else args.eval_samples
+    size = 1000 if noise.is_cuda else 50
     rng = torch.Generator().manual_seed(args.seed + 1)  # of the CPU: the same anywhere
     noise = torch.randn(wanted, *noise.shape[1:], generator=rng).to(args.device)
     for made, sample in samplers if wanted else ():
         slow = noise.is_cpu and made.get("network_calls", made["steps"]) > 100
         n = min(wanted, 1000) if slow else wanted
         rng = torch.Generator(args.device).manual_seed(args.seed)
-        parts = tqdm(noise[:n].split(1000 if noise.is_cuda else 50), f"{n}, {made['name']}")
+        parts = tqdm(noise[:n].split(size), f"{n}, {made['name']}")
         made["images"] = torch.cat([to_uint8(sample(part, rng)) for part in parts])
-        if "classes" in made:  # 0 ... 9, 0 ... in each part of 50 or 1000
-            made["labels"] = torch.arange(n) % made["classes"]
+        if "classes" in made:  # 0 ... 9, 0 ... 9, ... in each part, as 03 asks for them
+            made["labels"] = torch.arange(n) % size % made["classes"]
         save(args.out_dir / f"eval_{made['file']}.pt", origin(args) | made)
 
 
@@ -406,7 +407,8 @@ def save_grid(images: Tensor, path: Path, title: str, columns: int, rows=(), bel
     grid = utils.make_grid(to_uint8(images), nrow=columns)[0].numpy()
     axes = figure.Figure(figsize=[side / 50 + 0.8 for side in grid.T.shape]).subplots()
     axes.imshow(grid, cmap="gray", vmin=0, vmax=255)
-    axes.set(title=title, xticks=range(17, 30 * len(below), 30), xticklabels=below)
+    axes.set(title=title, xticks=range(17, 30 * len(below), 30))
+    axes.set_xticklabels(below, rotation=45 if max(map(len, below), default=0) > 6 else 0)
     axes.set(yticks=range(17, 30 * len(rows), 30), yticklabels=rows)  # middles of images
     axes.figure.savefig(path, bbox_inches="tight")
 

@@ -174,6 +174,23 @@ def test_each_script_learns_samples_resumes_and_draws_a_folder(
     module.main(["--device", "cpu", "--dataset", "shapes", "--sample-only"])
 
 
+def test_the_labels_of_three_classes_are_those_of_each_batch(tmp_path, monkeypatch, untimed):
+    """Batches of 50 begin with class 0 each, also where 50 is no multiple of 3."""
+    args = arguments(tmp_path / "out", write_folder(tmp_path / "shapes", 24), *TINY, *OPTIONS[cfg],
+                     "--eval-samples", "120", "--guidance", "1", module=cfg)
+    networks = cfg.train(args)
+    shade = lambda x, t, labels: 0 * x + labels.view(-1, 1, 1, 1) / 2 - 1
+    monkeypatch.setattr(common, "as_function", lambda model, args: shade)
+    monkeypatch.setattr(cfg, "draw_path", lambda *rest: None)
+    monkeypatch.setattr(cfg, "ddim_sample", lambda model, schedule, x, steps, **more: (
+        model(x, torch.zeros(len(x)))))
+    cfg.make_figures(args, **networks)
+    one, = (torch.load(path, weights_only=True) for path in (tmp_path / "out").glob("*s_1.pt")
+            if "DDIM" in path.name)
+    assert one["labels"].tolist() == [*([0, 1, 2] * 17)[:50]] * 2 + [0, 1, 2] * 6 + [0, 1]
+    assert one["images"][:, 0, 0, 0].tolist() == [(0, 64, 128)[y] for y in one["labels"]]
+
+
 def test_03_draws_classes_by_number_and_names_them(
     tmp_path, monkeypatch, capsys, untimed
 ):
