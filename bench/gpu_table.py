@@ -49,7 +49,12 @@ def main() -> None:
         return describe(sys.argv[2])
     out = Path(sys.argv[1])
     runs = [path.parent for path in sorted(out.glob("*/timings.json"))]
-    timings = {run.name: json.loads((run / "timings.json").read_text()) for run in runs}
+    timings = {}
+    for run in runs:
+        try:
+            timings[run.name] = json.loads((run / "timings.json").read_text())
+        except ValueError:
+            sys.exit(f"{run}/timings.json is broken: --sample-only writes it again")
     hardware = {timing["hardware"] for timing in timings.values()}
     print(f"## On {' and '.join(sorted(hardware)) or 'no device yet'}\n")
     if (out / "machine.log").exists():

@@ -230,3 +230,12 @@ def test_pictures_of_a_wrong_size_are_no_set(tmp_path):
     for i in range(8):
         Image.new("L", (32, 28)).save(tmp_path / f"{i}.png")
     assert str(tmp_path) in one_line(compare.load_set, tmp_path, 100)
+
+
+def test_timings_that_are_cut_off(tmp_path):
+    (tmp_path / "01_ddpm_ddim").mkdir()
+    (tmp_path / "01_ddpm_ddim" / "timings.json").write_text('{"samplers": [')
+    done = subprocess.run([sys.executable, ROOT / "bench/gpu_table.py", tmp_path], text=True,
+                          check=False, capture_output=True)
+    assert done.returncode == 1 and "01_ddpm_ddim/timings.json is broken" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
