@@ -55,7 +55,7 @@ from common import Attention, ResBlock, number
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "DDPM and DDIM on MNIST.", 40, 128, 2e-3)
+    parser = common.make_parser(__file__, "DDPM and DDIM.", epochs=40, batch_size=128, lr=2e-3)
     add, count = parser.add_argument, number(int, 1)
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
     add("--timesteps", type=number(int, 2), default=1000, help="T, steps from image to noise")

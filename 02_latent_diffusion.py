@@ -43,7 +43,7 @@ from common import Attention, ResBlock, number
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "Latent diffusion on MNIST.", 40, 128, 2e-3)
+    parser = common.make_parser(__file__, "Latent diffusion.", epochs=40, batch_size=128, lr=2e-3)
     add, count = parser.add_argument, number(int, 1)
     add("--vae-epochs", type=count, default=20, help="passes over the images for the VAE")
     add("--vae-lr", type=number(float, 1e-9), default=2e-3, help="peak rate of the VAE")

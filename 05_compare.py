@@ -47,7 +47,7 @@ import common
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "Score samples and judge claims.", 5, 128, 3e-3)
+    parser = common.make_parser(__file__, "Score samples.", epochs=5, batch_size=128, lr=3e-3)
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="score only these: a .pt, or a folder of PNGs")
     add("--train-judge", action="store_true", help="train the classifier of --dataset")

@@ -52,7 +52,7 @@ Attention, ResBlock, number = common.Attention, common.ResBlock, common.number
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "MeanFlow on MNIST.", 10, 128, 1e-3)
+    parser = common.make_parser(__file__, "MeanFlow.", epochs=10, batch_size=128, lr=1e-3)
     add, count = parser.add_argument, number(int, 1)
     shipped = ROOT / "weights" / "04_rectified_flow.pt"
     add("--flow", type=Path, default=shipped, help="checkpoint of 04 whose flow to start from")

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from PIL import Image
-from scripts import DRAWING, cfg, compare, ddpm, latent, latent_flow, one_line, usage_error
+from scripts import DRAWING, cfg, compare, ddpm, flow, latent, latent_flow, one_line, usage_error
 from torchvision.transforms.functional import to_pil_image
 
 import common
@@ -263,3 +263,12 @@ def test_printed_digits_as_pictures_are_the_same_digits(tmp_path):
     for image, label in zip(ours, classes):
         same = (images - image).abs().amax((1, 2, 3)) < 0.01
         assert labels[same].tolist() == [label]
+
+
+def test_there_are_at_most_as_many_real_pairs_as_images(tmp_path, untimed):
+    folder = write_folder(tmp_path / "shapes", 24)  # 61 of 72 for training
+    args = arguments(tmp_path / "out", folder, *TINY, "--pairs", "0", "--pair-steps", "1",
+                     "--reflow-epochs", "1", module=flow)
+    flow.train(args)
+    pairs = [torch.load(path, weights_only=True) for path in (tmp_path / "out/pairs").iterdir()]
+    assert [len(pair["x1"]) for pair in pairs] == [61]

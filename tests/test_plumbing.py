@@ -275,7 +275,6 @@ def test_bad_options_are_usage_errors(module, typed, message, monkeypatch, tmp_p
         ("--pairs -1", "--pairs"),
         ("--pairs 0 --real-pairs 0", "--batch-size 128"),
         ("--pairs 100 --real-pairs 27", "--batch-size 128"),
-        ("--real-pairs 1001 --train-images 1000", "--real-pairs 1001: only 1000 images"),
         ("--pair-steps 0", "--pair-steps: 0"),
         ("--flow-t gaussian", "invalid choice: 'gaussian'"),
         ("--reflow-lr -1", "--reflow-lr"),
