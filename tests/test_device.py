@@ -184,7 +184,7 @@ def test_shipped_weights_can_be_trained_on(bench, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["export_weights.py", *map(str, typed)])
         bench("export_weights").main()
 
-    flow.main(options(tmp_path / "first", "--epochs", "2", "--eval-samples", "0"))
+    flow.train(flow.parse_args(options(tmp_path / "first", "--epochs", "2")))
     export(tmp_path / "first" / "checkpoint.pt", "--to", tmp_path)
     export("--back", tmp_path / "04_rectified_flow.pt", "--to", tmp_path / "on")
     shipped, back = (torch.load(path, weights_only=True) for path in (
@@ -195,8 +195,8 @@ def test_shipped_weights_can_be_trained_on(bench, tmp_path, monkeypatch):
     for name, (_, weights, _) in back["training"].items():
         for key, weight in shipped["networks"][name].items():
             assert torch.equal(weights[key], weight.float())
-    flow.main(["--device", "cpu", "--out-dir", str(tmp_path / "on"), "--resume", "--epochs", "3",
-               "--eval-samples", "0"])
+    more = ["--device", "cpu", "--out-dir", str(tmp_path / "on"), "--resume", "--epochs", "3"]
+    flow.train(flow.parse_args(more))
     history = torch.load(tmp_path / "on" / "checkpoint.pt", weights_only=True)["history"]
     assert [epoch["epoch"] for epoch in history if epoch["stage"] == "flow"] == [1, 2, 3]
 
