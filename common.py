@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 import time
-import zlib
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -65,20 +64,18 @@ class Attention(nn.Module):
         return x + h.mT.unflatten(2, x.shape[2:])
 
 
-DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
+DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "synthetic": None}
 
 
 def load_images(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
-    """The first --train-images training or test images (N, 1, 28, 28) in [-1, 1], labels (N,).
-
-    The names of the classes go into args.classes, and so into the checkpoint.
-    """
+    """The first --train-images training or test images (N, 1, 28, 28) in [-1, 1], labels (N,);
+    the names of the classes go into args.classes, and so into the checkpoint."""
     n = args.train_images
     with one_line_error(f"no images of {args.dataset} in {args.data_dir}; try --dataset synthetic"):
         if args.dataset == "synthetic":
             images, labels = synthetic_digits(n, seed=0 if train else 1)
         elif args.dataset in DATASETS:
-            data = DATASETS[args.dataset](args.data_dir, train, download=True)
+            data = getattr(datasets, DATASETS[args.dataset])(args.data_dir, train, download=True)
             images, labels = data.data[:n, None] / 127.5 - 1, data.targets[:n]
             args.classes = [name.split(" - ")[0] for name in data.classes]  # "7 - seven" is 7
         else:
@@ -87,15 +84,12 @@ def load_images(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, T
 
 
 def folder_images(folder: Path, n: int, train: bool) -> tuple[Tensor, Tensor, list[str]]:
-    """The first n PNG and JPEG files, as grey 28x28 images; a subfolder is a class.
-
-    The order is that of a hash of their names: mixed, and always the same. In it, every seventh
-    file is a test image.
-    """
-    files = [p for p in folder.rglob("*.*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    files.sort(key=lambda p: zlib.crc32(p.relative_to(folder).as_posix().encode()))
+    """The first n of a folder's PNG and JPEG files, mixed, as grey 28x28 images; a subfolder is a
+    class. By name, every seventh file is a test image."""
+    files = sorted(p for p in folder.rglob("*.*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     classes = sorted({p.parent.name for p in files})
-    files = [p for i, p in enumerate(files) if (i % 7 == 0) != train][:n]
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    files = [files[i] for i in order if (i % 7 == 0) != train][:n]
     assert len(files) >= 10, f"only {len(files)} PNG or JPEG files for this part"
     images = [v2.functional.pil_to_tensor(ImageOps.pad(Image.open(p).convert("L"), (28, 28)))
               for p in tqdm(files, "images", delay=2)]
@@ -169,18 +163,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
     if (known := state.get("args", vars(args)).get("dataset")) != args.dataset:
         parser.error(f"{state['path']} has learned {known}, not {args.dataset}: train first "
                      "(05: --train-judge)")
-    if not (args.sample_only or args.dataset in [*DATASETS, "synthetic"]
-            or Path(args.dataset).is_dir()):
+    if not (args.sample_only or args.dataset in DATASETS or Path(args.dataset).is_dir()):
         parser.error(f"--dataset {args.dataset}: neither a folder, nor {', '.join(DATASETS)}")
-    if args.batch_size > args.train_images:
-        parser.error(f"--batch-size {args.batch_size}: only {args.train_images} images")
     print(f"{args.script} on {args.device}, weights: {state.get('path', 'new')}")
     torch.set_flush_denormal(True)  # numbers below 1e-38 make a CPU many times slower
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a script like Ctrl-C
     with one_line_error(f"--out-dir {args.out_dir} cannot be made, or another run is using it"):
         args.out_dir.mkdir(parents=True, exist_ok=True)
-        args.lock = FileLock(args.out_dir / ".lock", is_singleton=True)
-        args.lock.acquire(blocking=False)
+        args.lock = FileLock(args.out_dir / ".lock", is_singleton=True).acquire(blocking=False)
     return args
 
 
@@ -253,20 +243,18 @@ class Stage:
         self.index = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
         self.rate = torch.zeros((), device=args.device)  # tensors, which a graph reads anew
         self.optimizer.param_groups[0].update(lr=self.rate, capturable=True)
-        self.decay = 1 - 10 / max(total, 10)  # the average is over about a tenth of the run
         self.slow, self.fast = ([x for x in net.state_dict().values() if x.is_floating_point()]
                                 for net in (self.ema, self.model))  # weights, BatchNorm's averages
-        done = self.done * self.steps
-        with tqdm(total=total, desc=self.name, initial=done, mininterval=1) as bar:
-            while self.done < self.epochs:
-                yield from self.epoch(total, bar)
+        with tqdm(None, self.name, total, initial=self.done * self.steps, mininterval=1) as bar:
+            for done in range(self.done, self.epochs):
+                yield from self.epoch(done, total, bar)
 
-    def epoch(self, total: int, bar: tqdm):
+    def epoch(self, done: int, total: int, bar: tqdm):
         args, losses, start = self.args, [], time.perf_counter()
-        torch.manual_seed(self.done + 1000 * args.seed)  # one an epoch, so that --resume repeats it
+        torch.manual_seed(done + 1000 * args.seed)  # one an epoch, so that --resume repeats it
         order = torch.randperm(len(self.data[0]), device=args.device)
         for chosen in order.split(args.batch_size)[: self.steps]:  # all full
-            i, warm_up = self.done * self.steps + len(losses), min(200, total / 10)
+            i, warm_up = done * self.steps + len(losses), min(200, total / 10)
             self.rate.fill_(self.lr * min((i + 1) / warm_up, 1) * (1 - i / total))  # up, down to 0
             self.index.copy_(chosen)
             if not self.graph:
@@ -282,26 +270,23 @@ class Stage:
         loss, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
         if not loss < 1e9:  # it may be infinite, or no number
             sys.exit(f"the loss became {loss}: try a lower --lr (the last checkpoint is kept)")
-        self.done += 1
-        epoch = {"stage": self.name, "epoch": self.done, "loss": loss, "lr": self.rate.item()}
-        rate = self.steps * args.batch_size / seconds
-        args.state["history"].append(epoch | {"seconds": seconds, "images_per_second": rate})
-        self.save_all()
+        state, rate = args.state, self.steps * args.batch_size / seconds
+        epoch = {"stage": self.name, "epoch": done + 1, "loss": loss, "lr": self.rate.item()}
+        state["history"].append(epoch | {"seconds": seconds, "images_per_second": rate})
+        state["networks"][self.name] = self.ema.state_dict()
+        training = [done + 1, self.model.state_dict(), self.optimizer.state_dict()]
+        state |= origin(args) | {"training": state["training"] | {self.name: training}}
+        save(args.checkpoint, state)
+        lines = "".join(json.dumps(epoch) + "\n" for epoch in state["history"])
+        (args.out_dir / "metrics.jsonl").write_text(lines)
 
     def step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        torch._foreach_lerp_(self.slow, self.fast, 1 - self.decay)
+        share = min(10 / (self.epochs * self.steps), 1)  # an average over a tenth of the run
+        torch._foreach_lerp_(self.slow, self.fast, share)
         self.loss = loss.detach()
-
-    def save_all(self) -> None:
-        args, state, history = self.args, self.args.state, self.args.state["history"]
-        state["networks"][self.name] = self.ema.state_dict()
-        training = [self.done, self.model.state_dict(), self.optimizer.state_dict()]
-        state |= origin(args) | {"training": state["training"] | {self.name: training}}
-        save(args.checkpoint, state)
-        (args.out_dir / "metrics.jsonl").write_text("\n".join([*map(json.dumps, history), ""]))
 
 
 def stopped(args: argparse.Namespace):
@@ -361,9 +346,9 @@ def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
 
 def measure(args, samplers: list, noise: Tensor, overview: str, below=(), **more) -> None:
     """Pictures, times and sets of each (made, sample) in `samplers`; the dict made describes it."""
-    rows, history, networks = {}, args.state["history"], args.state["networks"]
-    losses = {stage: [(epoch["epoch"], epoch["loss"]) for epoch in history
-                      if epoch["stage"] == stage] for stage in networks}
+    rows, losses = {}, {}
+    for epoch in args.state["history"]:
+        losses.setdefault(epoch["stage"], []).append((epoch["epoch"], epoch["loss"]))
     save_plot(args.out_dir / "loss.png", losses, title="Loss", xlabel="epoch", yscale="log")
     large = noise.repeat(63, 1, 1, 1)[: 1000 if noise.is_cuda else 64]  # 16 noises, repeated
     for made, sample in samplers:
@@ -379,8 +364,9 @@ def measure(args, samplers: list, noise: Tensor, overview: str, below=(), **more
     save_grid(images, args.out_dir / "samples.png", overview, 10, [*rows], below)
     report = origin(args) | more | {"samplers": [made for made, _ in samplers]}
     report |= {"trained_on": args.state["hardware"],
-               "training_seconds": sum(epoch["seconds"] for epoch in history)}
-    report["parameters"] = {k: sum(map(torch.numel, net.values())) for k, net in networks.items()}
+               "training_seconds": sum(epoch["seconds"] for epoch in args.state["history"]),
+               "parameters": {name: sum(weight.numel() for weight in network.values())
+                              for name, network in args.state["networks"].items()}}
     (args.out_dir / "timings.json").write_text(json.dumps(report, indent=1))
     by_default = 10_000 if noise.is_cuda and not args.sample_only else 0
     wanted = by_default if args.eval_samples is None else args.eval_samples

@@ -21,7 +21,7 @@ import common
 
 
 def for_resume(state: dict, path: Path) -> dict:
-    """Full precision, and for each stage what Stage.save_all keeps: epochs, weights, optimizer."""
+    """Full precision, and for each stage what Stage.epoch keeps: epochs, weights, optimizer."""
     script = importlib.import_module(state["script"])
     args = script.parse_args(["--sample-only", "--device", "cpu", "--out-dir", str(path.parent)])
     networks = common.load_networks(args.state, script.make_models(args))

@@ -193,15 +193,15 @@ def mnist(tmp_path, *more):
 def test_mnist_is_scaled_to_minus_1_and_1(tmp_path):
     black, white = bytes(784), bytes([255] * 784)
     corner = bytes([0, 51]) + bytes(782)  # a fifth of white in the second pixel of the first row
-    write_mnist(tmp_path, [white, corner, black], bytes([7, 0, 9]))
+    write_mnist(tmp_path, [white, corner, black] + [black] * 9, bytes([7, 0, 9] + [1] * 9))
     write_mnist(tmp_path, [black], bytes([4]), "t10k")
     images, labels = common.load_images(mnist(tmp_path))
-    assert images.shape == (3, 1, 28, 28) and labels.tolist() == [7, 0, 9]
+    assert images.shape == (12, 1, 28, 28) and labels.tolist() == [7, 0, 9] + [1] * 9
     assert (images[0] == 1).all() and (images[2] == -1).all()
     assert images[1, 0, 0, :3].tolist() == pytest.approx([-1, -0.6, -1])
-    images, labels = common.load_images(mnist(tmp_path, "--train-images", "2"))
-    assert len(images) == 2 and labels.tolist() == [7, 0]
-    images, labels = common.load_images(mnist(tmp_path, "--train-images", "2"), train=False)
+    images, labels = common.load_images(mnist(tmp_path, "--train-images", "10"))
+    assert len(images) == 10 and labels.tolist()[:4] == [7, 0, 9, 1]
+    images, labels = common.load_images(mnist(tmp_path, "--train-images", "10"), train=False)
     assert len(images) == 1 and labels.tolist() == [4]
 
 
@@ -230,7 +230,6 @@ SHARED_ERRORS = [  # what is typed, and what the last line must say
     ("--lr 0", "--lr: 0"),
     ("--seed -1", "--seed"),
     ("--batch-size 0", "--batch-size: 0"),
-    ("--batch-size 61000", "--batch-size 61000: only 60000 images"),
     ("--eval-samples -1", "--eval-samples"),
     ("--device tpu", "invalid choice: 'tpu'"),
     ("--device cuda", "invalid choice: 'cuda'"),
@@ -971,8 +970,8 @@ def test_a_grid_is_a_picture_with_a_title(tmp_path):
 
 
 @needs_mnist
-def test_300_steps_on_mnist_learn(tmp_path):
-    args = mnist(ROOT / "data", "--train-images", "4800", "--width", "16", "--batch-size", "16",
+def test_150_steps_on_mnist_learn(tmp_path):
+    args = mnist(ROOT / "data", "--train-images", "2400", "--width", "16", "--batch-size", "16",
                  "--epochs", "1", "--out-dir", str(tmp_path))
     images, labels = common.load_images(args)
     assert images.min() == -1 and images.max() == 1 and labels[:5].tolist() == [5, 0, 4, 1, 9]
@@ -980,13 +979,13 @@ def test_300_steps_on_mnist_learn(tmp_path):
     model, schedule = ddpm.make_models(args)["diffusion"], ddpm.make_schedule(1000)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     rng, losses = torch.Generator().manual_seed(0), []
-    for x0 in images[torch.randperm(4800, generator=rng)].split(16):  # 300 of them
+    for x0 in images[torch.randperm(2400, generator=rng)].split(16):  # 150 of them
         loss = ddpm.diffusion_loss(model, schedule, x0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-50:]) / 50 < 0.2  # 0.16 and 0.15 with two seeds; 0.42 without the skips
+    assert sum(losses[-30:]) / 30 < 0.25  # 0.19 and 0.18 with two seeds; 0.56 without the skips
 
 
 @pytest.mark.parametrize("module", [flow, latent_flow])
