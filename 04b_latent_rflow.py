@@ -18,8 +18,8 @@ straighter, but the decoder draws a clean digit from a latent that is slightly w
 Measured by README's command for a CPU: Fréchet distance of 5,000 samples (real digits
 have 0.058), and S of 16 paths:
     Euler steps   1      2      5      10     S
-    flow          40.3   2.82   1.17   0.923  0.40
-    reflow        1.17   1.03   0.905  0.849  0.0036
+    flow          40.6   1.99   0.960  0.754  0.40
+    reflow        1.22   1.04   0.909  0.836  0.0037
 """
 
 import math
