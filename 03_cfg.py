@@ -268,7 +268,6 @@ def make_figures(args, diffusion: nn.Module) -> None:
         return draw_digits(args, net, schedule)
     rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
     noise = torch.randn(16, 1, 28, 28, generator=rng).to(args.device)
-
     classes = len(args.classes)
 
     def sample(x_T: Tensor, rng=None, s=args.guidance, sampler=ddim_sample, **more):
