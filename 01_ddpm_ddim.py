@@ -1,11 +1,12 @@
 """DDPM and DDIM on MNIST: one network splits image and noise, and two samplers use it.
 
-Diffusion destroys an image in T small steps: each makes it a little fainter and adds a little
-Gaussian noise. Gaussian steps add up to one Gaussian step, so we can draw x_t from x_0 directly,
-and train a network on one random t at a time to split x_t into image and noise. Its image x̂_0
-is about the mean of all digits that x_t could come from: a blur if x_t is mostly noise. To sample,
-walk back from pure noise. DDPM takes T small random steps, each of which undoes one step of
-noise. DDIM takes fewer and larger steps, and adds no noise.
+Diffusion destroys an image in T small steps: each makes it a little fainter and adds a
+little Gaussian noise. Gaussian steps add up to one Gaussian step, so we can draw x_t
+from x_0 directly, and train a network on one random t at a time to split x_t into image
+and noise. Its image x̂_0 is about the mean of all digits that x_t could come from: a
+blur if x_t is mostly noise. To sample, walk back from pure noise. DDPM takes T small
+random steps, each of which undoes one step of noise. DDIM takes fewer and larger steps,
+and adds no noise.
 
     q(x_t | x_{t-1}) = N(√α_t x_{t-1}, β_t I),  α_t = 1 - β_t     Ho et al. 2020, Eq. 2
     q(x_t | x_0)     = N(√ᾱ_t x_0, (1-ᾱ_t) I),  ᾱ_t = α_1 ⋯ α_t   Ho, Eq. 4, or:
@@ -14,9 +15,10 @@ noise. DDIM takes fewer and larger steps, and adds no noise.
     loss  = E ‖v - v_θ(x_t, t)‖² over x_0, t, ε      Ho, Eq. 14, for v; the code averages
     x̂_0   = √ᾱ_t x_t - √(1-ᾱ_t) v̂                    Salimans & Ho, with v̂ = v_θ(x_t, t)
     ε̂     = √(1-ᾱ_t) x_t + √ᾱ_t v̂                    so x_t = √ᾱ_t x̂_0 + √(1-ᾱ_t) ε̂
-    DDPM:  x_{t-1} ~ q(x_{t-1} | x_t, x̂_0) = N(µ̃, β̃_t I)          Ho, Eq. 6, 7, with
-           µ̃ = (√ᾱ_{t-1} β_t x̂_0 + √α_t (1-ᾱ_{t-1}) x_t) / (1-ᾱ_t),  β̃_t = β_t (1-ᾱ_{t-1}) / (1-ᾱ_t)
-    DDIM:  x_r = √ᾱ_r x̂_0 + √(1-ᾱ_r) ε̂ for the next time r < t    Song et al. 2021, Eq. 12, η = 0
+    DDPM:  x_{t-1} ~ q(x_{t-1} | x_t, x̂_0) = N(µ̃, β̃_t I)     Ho, Eq. 6, 7, with
+           µ̃ = (√ᾱ_{t-1} β_t x̂_0 + √α_t (1-ᾱ_{t-1}) x_t) / (1-ᾱ_t)
+           β̃_t = β_t (1-ᾱ_{t-1}) / (1-ᾱ_t)
+    DDIM:  x_r = √ᾱ_r x̂_0 + √(1-ᾱ_r) ε̂ for the next r < t    Song et al. 2021, Eq. 12, η = 0
 
     paper           code                      shape
     x_0, x_t, ε     x0, x_t, noise            (B, 1, 28, 28), x0 in [-1, 1]
@@ -24,18 +26,19 @@ noise. DDIM takes fewer and larger steps, and adds no noise.
     β_t, α_t, ᾱ_t   betas, alphas, alpha_bars (T,); Song writes α_t for ᾱ_t
     v̂ = v_θ(x_t, t) v = model(x_t, t)         (B, 1, 28, 28)
 
-Why v? Write √ᾱ_t = cos φ and √(1-ᾱ_t) = sin φ. For a fixed x_0 and ε, x_t then runs on an arc
-from the image (φ = 0) to the noise (φ = 90°), and v = dx_t / dφ is its velocity. It is what x_t
-hides: almost ε where x_t shows the image, almost -x_0 where it shows the noise. Both x̂_0 and ε̂
-come from v without a division, and so with errors no larger than that of v. Ho et al. predict
-ε; then x̂_0 needs a division by √ᾱ_t, which makes errors 100 times larger near pure noise.
+Why v? Write √ᾱ_t = cos φ and √(1-ᾱ_t) = sin φ. For a fixed x_0 and ε, x_t then runs on
+an arc from the image (φ = 0) to the noise (φ = 90°), and v = dx_t / dφ is its velocity.
+It is what x_t hides: almost ε where x_t shows the image, almost -x_0 where it shows the
+noise. Both x̂_0 and ε̂ come from v without a division, and so with errors no larger
+than that of v. Ho et al. predict ε; then x̂_0 needs a division by √ᾱ_t, which makes
+errors 100 times larger near pure noise.
 
     python 01_ddpm_ddim.py                              40 epochs, for a GPU
     python 01_ddpm_ddim.py --epochs 5 --batch-size 64   for a CPU
 
-Measured: 20 epochs take 69 seconds on an NVIDIA H200. Then 2,000 samples by DDIM with 50 steps
-have a Fréchet distance of 0.275 to the test digits, training digits one of 0.107 (05_compare.py;
-lower is better).
+Measured: 20 epochs take 69 seconds on an NVIDIA H200. Then 2,000 samples by DDIM with
+50 steps have a Fréchet distance of 0.275 to the test digits, training digits one of
+0.107 (05_compare.py; lower is better).
 
 Left out: learned variances (Nichol & Dhariwal 2021); networks that predict ε or x_0.
 """
@@ -58,11 +61,12 @@ def parse_args(argv: list[str] | None = None):
     parser = common.make_parser(__file__, "DDPM and DDIM.", epochs=40, batch_size=128, lr=2e-3)
     add, count = parser.add_argument, number(int, 1)
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
-    add("--timesteps", type=number(int, 2), default=1000, help="T, steps from image to noise")
+    add("--timesteps", type=number(int, 2), default=1000, help="T, from image to noise")
     add("--ddim-steps", type=count, default=100, help="network calls of DDIM")
-    add("--ddim-sweep", type=count, nargs="+", default=[10, 20, 50, 250], help="others to compare")
+    add("--ddim-sweep", type=count, nargs="+", default=[10, 20, 50, 250], help="others")
     tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
-            "width": 8, "timesteps": 20, "ddim_steps": 10, "ddim_sweep": [2, 5], "eval_samples": 20}
+            "width": 8, "timesteps": 20, "ddim_steps": 10, "ddim_sweep": [2, 5],
+            "eval_samples": 20}
     args = common.parse(parser, argv, tiny)
     if max(args.ddim_steps, *args.ddim_sweep) > args.timesteps:
         parser.error(f"--ddim-steps, --ddim-sweep: at most --timesteps {args.timesteps}")
@@ -70,7 +74,7 @@ def parse_args(argv: list[str] | None = None):
 
 
 class UNet(nn.Module):
-    """(B, 1, H, W), H and W multiples of 4, and times (B,) from 0 to t_max -> (B, 1, H, W)."""
+    """(B, 1, H, W), H and W multiples of 4, times (B,) from 0 to t_max -> (B, 1, H, W)."""
 
     def __init__(self, width: int, t_max: float):
         super().__init__()
@@ -128,8 +132,8 @@ class Schedule(NamedTuple):
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
 
-    Nichol & Dhariwal 2021, Eq. 17, but φ_t stops 0.01 before 0 and π/2, for any T: some noise
-    is left at t = 0, since the samplers divide by 1-ᾱ_t, and some signal at t = T-1.
+    Nichol & Dhariwal 2021, Eq. 17, but φ_t stops 0.01 before 0 and π/2, for any T: some
+    noise is left at t = 0, since the samplers divide by 1-ᾱ_t, and some signal at t = T-1.
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # first ᾱ_t; α_t and β_t follow from it
@@ -141,7 +145,8 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, ...); t: (B,) in 0 ... T-1."""
     shape = (-1, *[1] * (x0.dim() - 1))
-    return schedule.signal_scale[t].view(shape) * x0 + schedule.noise_scale[t].view(shape) * noise
+    signal = schedule.signal_scale[t].view(shape) * x0
+    return signal + schedule.noise_scale[t].view(shape) * noise
 
 
 def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None) -> Tensor:
@@ -169,8 +174,10 @@ def posterior(schedule: Schedule, t: int, x_t: Tensor, x0: Tensor) -> tuple[Tens
 
 @torch.no_grad()
 def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None) -> Tensor:
-    """Ho et al. 2020, Algorithm 2 with σ_t² = β̃_t: T random steps from noise x_T (B, ...) to an
-    image. Each draws x_{t-1} from q(x_{t-1} | x_t, x_0), with x̂_0 for x_0."""
+    """Ho et al. 2020, Algorithm 2 with σ_t² = β̃_t: T random steps from noise x_T (B, ...).
+
+    Each draws x_{t-1} from q(x_{t-1} | x_t, x_0), with x̂_0 for x_0.
+    """
     x, timesteps = x_T, len(schedule.betas)
     for t in tqdm(range(timesteps)[::-1], "DDPM", leave=False, delay=2):
         ab = float(schedule.alpha_bars[t])
@@ -197,8 +204,7 @@ def ddim_sample(
     """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to an image.
 
     eta = 0 draws no noise. eta up to 1 replaces a part of ε̂ by fresh noise (Eq. 16); eta = 1
-    is DDPM if steps = T.
-    `trace(t, x_t, x0_hat)`, if given, sees every step.
+    is DDPM if steps = T. `trace(t, x_t, x0_hat)`, if given, sees every step.
     """
     x, alpha_bars = x_T, [*schedule.alpha_bars.tolist(), 1.0]  # so index -1 has no noise
     pairs = ddim_pairs(len(schedule.betas), steps)
@@ -238,10 +244,12 @@ def make_figures(args, diffusion: nn.Module) -> None:
 
     samplers = []
     for n in sorted({args.ddim_steps, *args.ddim_sweep}):
-        made = {"name": f"DDIM, {n} steps", "method": "diffusion", "sampler": "DDIM", "steps": n}
+        name = f"DDIM, {n} steps"
+        made = {"name": name, "method": "diffusion", "sampler": "DDIM", "steps": n}
         samplers.append((made, lambda x, rng, n=n: ddim_sample(net, schedule, x, n)))
     n = args.timesteps
-    made = {"name": f"DDPM, {n} steps", "method": "diffusion", "sampler": "DDPM", "steps": n}
+    name = f"DDPM, {n} steps"
+    made = {"name": name, "method": "diffusion", "sampler": "DDPM", "steps": n}
     samplers.append((made, lambda x, rng: ddpm_sample(net, schedule, x, rng)))
     common.measure(args, samplers, noise, "One network; columns share their noise")
 
@@ -256,8 +264,9 @@ def draw_path(args, sample) -> None:
     for digit in range(4):  # two rows each
         images += [x_t[digit] for _, x_t, _ in stills]
         images += [x0_hat[digit] for _, _, x0_hat in stills]
-    common.save_grid(torch.stack(images), args.out_dir / "samples_path.png", title, columns=10,
-                     rows=["x_t", "x̂₀"] * 4, below=[f"t={t}" for t, _, _ in stills])
+    times = [f"t={t}" for t, _, _ in stills]
+    file = args.out_dir / "samples_path.png"
+    common.save_grid(torch.stack(images), file, title, 10, ["x_t", "x̂₀"] * 4, times)
     film = [torch.cat([x_t[:8], x0_hat[:8]]) for _, x_t, x0_hat in path[::-4][::-1]]
     common.save_gif(film, args.out_dir / "path.gif", columns=8)
 

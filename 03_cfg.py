@@ -1,14 +1,15 @@
 """Classifier-free guidance on MNIST: ask for a digit, and get a very clear one.
 
-A network that also sees the class c of an image learns to predict v of 01 given c, so we can
-ask it for a 7. If c is hidden for some training images, the same network also predicts the v
-of any digit. The difference of the two predictions points to what makes a 7 a 7. Guidance starts
-from the prediction without c and adds s times the difference. With s = 1 that is the prediction
-with c; a larger s goes past it. The digits become clearer, but sevens more alike: guidance trades
-variety for clarity. Both predictions come from one call on a doubled batch.
+A network that also sees the class c of an image learns to predict v of 01 given c, so
+we can ask it for a 7. If c is hidden for some training images, the same network also
+predicts the v of any digit. The difference of the two predictions points to what makes
+a 7 a 7. Guidance starts from the prediction without c and adds s times the difference.
+With s = 1 that is the prediction with c; a larger s goes past it. The digits become
+clearer, but sevens more alike: guidance trades variety for clarity. Both predictions
+come from one call on a doubled batch.
 
-    loss = E ‖v - v_θ(x_t, t, c)‖², c = ∅ for a tenth of the images  Ho & Salimans 2022, Alg. 1
-    v̂    = v_θ(x_t, t, ∅) + s (v_θ(x_t, t, c) - v_θ(x_t, t, ∅))      Ho & Salimans, Eq. 6
+    loss = E ‖v - v_θ(x_t, t, c)‖², c = ∅ for a tenth of all images   Ho & Salimans 2022, Alg. 1
+    v̂    = v_θ(x_t, t, ∅) + s (v_θ(x_t, t, c) - v_θ(x_t, t, ∅))       Ho & Salimans, Eq. 6
     s = 0 is unconditional, 1 conditional, above 1 guided; the paper's w is s - 1
     x_t, v = √ᾱ_t ε - √(1-ᾱ_t) x_0, the schedule and DDIM as in 01
 
@@ -20,19 +21,20 @@ variety for clarity. Both predictions come from one call on a doubled batch.
     v̂               guided(...)(x_t, t)       (B, 1, 28, 28)
     s = 1 + w       scale, --guidance
 
-The paper guides ε̂, and so do we: ε̂ = √(1-ᾱ_t) x_t + √ᾱ_t v̂, and the weights of the two
-predictions, s and 1 - s, add up to 1. So guiding the one is guiding the other.
+The paper guides ε̂, and so do we: ε̂ = √(1-ᾱ_t) x_t + √ᾱ_t v̂, and the weights of the
+two predictions, s and 1 - s, add up to 1. So guiding the one is guiding the other.
 
-The class enters in two ways, to show both: as input channels, and by the cross-attention that
-reads text in large models. Adding it to the time embedding would be simpler.
+The class enters in two ways, to show both: as input channels, and by the
+cross-attention that reads text in large models. Adding it to the time embedding would
+be simpler.
 
     python 03_cfg.py                                  40 epochs, for a GPU
     python 03_cfg.py --epochs 3 --batch-size 64       for a CPU
     python 03_cfg.py --digits 3141592653              draw these, with saved weights
 
-Measured: after 14 epochs, 1,000 samples by DDIM-100 with s = 1.5 have a Fréchet distance of 0.166
-to the test digits, training digits one of 0.155. The classifier of 05_compare.py reads 99.7% of
-the samples as the digit asked for.
+Measured: after 14 epochs, 1,000 samples by DDIM-100 with s = 1.5 have a Fréchet
+distance of 0.166 to the test digits, training digits one of 0.155. The classifier of
+05_compare.py reads 99.7% of the samples as the digit asked for.
 """
 
 import argparse
@@ -55,13 +57,14 @@ def parse_args(argv: list[str] | None = None):
     parser = common.make_parser(__file__, "Guided diffusion.", epochs=40, batch_size=128, lr=2e-3)
     add, count = parser.add_argument, number(int, 1)
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
-    add("--timesteps", type=number(int, 2), default=1000, help="T, steps from image to noise")
+    add("--timesteps", type=number(int, 2), default=1000, help="T, from image to noise")
     add("--ddim-steps", type=count, default=100, help="steps of DDIM and DDPM")
-    add("--tokens", type=count, default=4, help="learned tokens per class, for cross-attention")
+    add("--tokens", type=count, default=4, help="learned tokens per class, to attend to")
     add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of hidden labels")
     scale = number(float, 0)
     add("--guidance", type=scale, default=3.0, help="scale s in the main figures")
-    add("--guidance-sweep", type=scale, nargs="+", default=[0, 1, 1.5, 2, 3, 5, 8], help="others")
+    sweep = [0, 1, 1.5, 2, 3, 5, 8]
+    add("--guidance-sweep", type=scale, nargs="+", default=sweep, help="others to compare")
     add("--digits", type=digits, help="draw these classes and stop; no training")
     tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
             "width": 8, "timesteps": 20, "ddim_steps": 10, "guidance_sweep": [0, 1, 3],
@@ -71,8 +74,9 @@ def parse_args(argv: list[str] | None = None):
     args = common.parse(parser, argv, tiny)
     if args.ddim_steps > args.timesteps:
         parser.error(f"--ddim-steps: DDIM takes at most --timesteps {args.timesteps} steps")
-    if args.digits and int(max(args.digits)) >= len(args.classes):
-        parser.error(f"--digits {args.digits}: there are only {len(args.classes)} classes, from 0")
+    classes = len(args.classes)
+    if args.digits and int(max(args.digits)) >= classes:
+        parser.error(f"--digits {args.digits}: there are only {classes} classes, from 0")
     return args
 
 
@@ -106,7 +110,7 @@ class UNet(nn.Module):
         self.mid1 = ResBlock(c3, c3, c_time)
         self.mid_attention = Attention(c3)
         self.mid2 = ResBlock(c3, c3, c_time)
-        # Several tokens a class: with only one, the softmax is 1, and all pixels get the same.
+        # Several tokens a class: with one alone, the softmax is 1, and all pixels get the same.
         self.label_tokens = nn.Embedding(classes + 1, tokens * 32)
         self.cross_attention = Attention(c3, 32)
         self.mid_to_up0 = nn.Conv2d(c3, c2, 3, padding=1)
@@ -121,7 +125,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))
         labels = labels % self.label_tokens.num_embeddings  # so that -1 is the last
-        channels = self.label_channels(labels)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        channels = self.label_channels(labels)[:, :, None, None]  # (B, 32, 1, 1)
+        channels = channels.expand(-1, -1, *x.shape[2:])
         tokens = self.label_tokens(labels).unflatten(1, (-1, 32))  # (B, tokens, 32)
         x = torch.cat([x, channels], dim=1)  # (B, 33, H, W)
         h0 = self.down0(self.conv_in(x), emb)  # (B, c1, H, W)
@@ -154,8 +159,8 @@ class Schedule(NamedTuple):
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
 
-    Nichol & Dhariwal 2021, Eq. 17, but φ_t stops 0.01 before 0 and π/2, for any T: some noise
-    is left at t = 0, since the samplers divide by 1-ᾱ_t, and some signal at t = T-1.
+    Nichol & Dhariwal 2021, Eq. 17, but φ_t stops 0.01 before 0 and π/2, for any T: some
+    noise is left at t = 0, since the samplers divide by 1-ᾱ_t, and some signal at t = T-1.
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # first ᾱ_t; α_t and β_t follow from it
@@ -167,7 +172,8 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, ...); t: (B,) in 0 ... T-1."""
     shape = (-1, *[1] * (x0.dim() - 1))
-    return schedule.signal_scale[t].view(shape) * x0 + schedule.noise_scale[t].view(shape) * noise
+    signal = schedule.signal_scale[t].view(shape) * x0
+    return signal + schedule.noise_scale[t].view(shape) * noise
 
 
 def diffusion_loss(
@@ -191,8 +197,8 @@ def diffusion_loss(
 def guided(model, labels: Tensor, scale: float, classes: int = 10):
     """The function (x, t) -> v̂ for labels (B,): Ho & Salimans 2022, Eq. 6, with s = 1 + w.
 
-    Scales 0 and 1 take a plain call, any other one call on a doubled batch. Labels that are not
-    in 0 ... classes - 1 raise a ValueError.
+    Scales 0 and 1 take a plain call, any other one call on a doubled batch. Labels that are
+    not in 0 ... classes - 1 raise a ValueError.
     """
     if not ((labels >= 0) & (labels < classes)).all():
         raise ValueError(f"labels are 0 to {classes - 1}, not {labels.unique().tolist()}")
@@ -223,8 +229,7 @@ def ddim_sample(
     """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to an image.
 
     eta = 0 draws no noise. eta up to 1 replaces a part of ε̂ by fresh noise (Eq. 16); eta = 1
-    is DDPM if steps = T.
-    `trace(t, x_t, x0_hat)`, if given, sees every step.
+    is DDPM if steps = T. `trace(t, x_t, x0_hat)`, if given, sees every step.
     """
     x, alpha_bars = x_T, [*schedule.alpha_bars.tolist(), 1.0]  # so index -1 has no noise
     pairs = ddim_pairs(len(schedule.betas), steps)
@@ -243,7 +248,7 @@ def ddim_sample(
 
 
 def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None, steps=None) -> Tensor:
-    """vs 01: DDPM is DDIM with η = 1 (a test compares the two), so it can take fewer steps, too."""
+    """vs 01: DDPM is DDIM with η = 1 (a test compares them), so it can take fewer steps."""
     return ddim_sample(model, schedule, x_T, steps or len(schedule.betas), eta=1.0, rng=rng)
 
 
@@ -271,7 +276,7 @@ def make_figures(args, diffusion: nn.Module) -> None:
     classes = len(args.classes)
 
     def sample(x_T: Tensor, rng=None, s=args.guidance, sampler=ddim_sample, **more):
-        labels = torch.arange(len(x_T), device=x_T.device) % classes  # 0 ... 9, 0 ... 9, ...
+        labels = torch.arange(len(x_T), device=x_T.device) % classes  # 0 ... 9, 0 ...
         model = guided(net, labels, s, classes)
         return sampler(model, schedule, x_T, steps=args.ddim_steps, rng=rng, **more)
 
@@ -284,7 +289,7 @@ def make_figures(args, diffusion: nn.Module) -> None:
     made = {"name": f"DDPM, {n} steps, s = {s:g}", "sampler": "DDPM", "guidance": s}
     samplers.append((made, partial(sample, sampler=ddpm_sample)))
     for made, _ in samplers:
-        calls = n if made["guidance"] in (0, 1) else 2 * n  # a doubled batch costs as much as two
+        calls = n if made["guidance"] in (0, 1) else 2 * n  # a doubled batch counts as two
         made |= {"method": "guided diffusion", "steps": n, "network_calls": calls}
         made |= {"classes": classes} if made["guidance"] else {}  # asked for in turn
     overview = "Columns share their noise and, with s > 0, their class"
@@ -295,7 +300,8 @@ def make_figures(args, diffusion: nn.Module) -> None:
 def draw_digits(args, net, schedule: Schedule) -> None:
     """--digits: what was asked for, as a picture, twenty in a row."""
     labels = torch.tensor([int(digit) for digit in args.digits], device=args.device)
-    x_T = torch.randn(len(labels), 1, 28, 28, generator=torch.Generator().manual_seed(args.seed))
+    rng = torch.Generator().manual_seed(args.seed)
+    x_T = torch.randn(len(labels), 1, 28, 28, generator=rng)
     model = guided(net, labels, args.guidance, len(args.classes))
     images = ddim_sample(model, schedule, x_T.to(args.device), args.ddim_steps)
     path = args.out_dir / f"digits_{args.digits[:20]}.png"
@@ -314,8 +320,9 @@ def draw_path(args, sample) -> None:
     for digit in range(4):  # two rows each
         images += [x_t[digit] for _, x_t, _ in stills]
         images += [x0_hat[digit] for _, _, x0_hat in stills]
-    common.save_grid(torch.stack(images), args.out_dir / "samples_path.png", title, columns=10,
-                     rows=["x_t", "x̂₀"] * 4, below=[f"t={t}" for t, _, _ in stills])
+    times = [f"t={t}" for t, _, _ in stills]
+    file = args.out_dir / "samples_path.png"
+    common.save_grid(torch.stack(images), file, title, 10, ["x_t", "x̂₀"] * 4, times)
     film = [torch.cat([x_t[:8], x0_hat[:8]]) for _, x_t, x0_hat in path[::-4][::-1]]
     common.save_gif(film, args.out_dir / "path.gif", columns=8)
 

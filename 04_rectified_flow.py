@@ -2,12 +2,12 @@
 
 CAREFUL: x_0 was the image in 01. Here x_0 is the NOISE, and x_1 is the image.
 
-Pair every image with a noise and draw a straight line between them. A network learns the
-direction of the lines at each point; where lines cross, it learns their average. To sample,
-follow these directions from a new noise. The path bends, so this takes many small steps. Reflow
-makes straight paths: pair many noises (and images) with the other end of their path, and train
-a copy of the network on these pairs. Two paths never cross, so the lines of these pairs hardly
-do, and one step gets near the end.
+Pair every image with a noise and draw a straight line between them. A network learns
+the direction of the lines at each point; where lines cross, it learns their average. To
+sample, follow these directions from a new noise. The path bends, so this takes many
+small steps. Reflow makes straight paths: pair many noises (and images) with the other
+end of their path, and train a copy of the network on these pairs. Two paths never
+cross, so the lines of these pairs hardly do, and one step gets near the end.
 
     x_t    = (1-t) x_0 + t x_1                                    Liu et al. 2022, section 2.1
     loss   = E ‖(x_1 - x_0) - v_θ(x_t, t)‖², t by --flow-t        Liu, Eq. 1, with uniform t
@@ -21,7 +21,8 @@ do, and one step gets near the end.
     t               t                         (B,) from 0, noise, to 1, data: the reverse of 01
     v_θ(x_t, t)     v = model(x_t, t)         (B, 1, 28, 28)
 
-Lines between random pairs cross, so the loss never gets to 0. If the paths are straight, S = 0.
+Lines between random pairs cross, so the loss never gets to 0. If the paths are straight,
+S = 0.
 
     python 04_rectified_flow.py                 flow, pairs and reflow, for a GPU
 
@@ -30,7 +31,8 @@ have 0.058), and S of 16 paths:
     Euler steps   1      2      5      10     S
     flow          50.8   5.98   1.07   0.701  0.077
     reflow        2.05   1.79   1.49   1.34   0.0025
-To the eye, one step of the reflow is like five of the flow. RESULTS.md says why it scores worse.
+To the eye, one step of the reflow is like five of the flow. RESULTS.md says why it
+scores worse.
 """
 
 import math
@@ -55,13 +57,13 @@ def parse_args(argv: list[str] | None = None):
     add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="density of t")
     add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="of the reflow")
     add("--pairs", type=number(int, 0), default=60_000, help="pairs made from noise")
-    add("--real-pairs", type=number(int, 0), default=60_000, help="pairs from images (Lee et al.)")
+    add("--real-pairs", type=number(int, 0), default=60_000, help="pairs from images")
     add("--pair-steps", type=count, default=20, help="Heun steps to make a pair")
     add("--reflow-epochs", type=count, default=10, help="passes over all the pairs")
-    add("--reflow-lr", type=number(float, 1e-9), default=1e-3, help="peak learning rate there")
+    add("--reflow-lr", type=number(float, 1e-9), default=1e-3, help="peak rate there")
     tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
-            "width": 8, "steps": [1, 2, 5], "pairs": 256, "real_pairs": 128, "pair_steps": 3,
-            "reflow_epochs": 4, "eval_samples": 20}
+            "width": 8, "steps": [1, 2, 5], "eval_samples": 20, "pairs": 256,
+            "real_pairs": 128, "pair_steps": 3, "reflow_epochs": 4}
     args = common.parse(parser, argv, tiny)
     if args.batch_size > args.pairs + args.real_pairs:
         parser.error(f"--batch-size {args.batch_size}: more than all pairs")
@@ -72,7 +74,7 @@ T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative 
     "uniform": lambda u: u,
     # most t near the middle: Esser et al. 2024, Eq. 19, with m = 0, s = 1
     "logit-normal": lambda u: (2**0.5 * torch.erfinv(2 * u - 1)).sigmoid(),
-    # most t near the ends, ∝ cosh(a (2t - 1)) with a = 4: Lee et al. 2024 (their code: a = 2)
+    # most t near the ends, ∝ cosh(a (2t - 1)) with a = 4: Lee et al. 2024 (in code: a = 2)
     "u-shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(4)) / 8,
     # a random half of all t is 0, where a sampler of one step asks; the others are u-shaped
     "half-at-0": lambda u: T_DENSITIES["u-shaped"]((2 * u - 1).clamp(min=0)),
@@ -81,7 +83,7 @@ T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative 
 
 
 class UNet(nn.Module):
-    """(B, 1, H, W), H and W multiples of 4, and times (B,) from 0 to t_max -> (B, 1, H, W)."""
+    """(B, 1, H, W), H and W multiples of 4, times (B,) from 0 to t_max -> (B, 1, H, W)."""
 
     def __init__(self, width: int, t_max: float):
         super().__init__()
@@ -122,15 +124,15 @@ class UNet(nn.Module):
 
 
 def make_models(args) -> dict[str, nn.Module]:
-    return {name: UNet(args.width, t_max=1).to(args.device, memory_format=torch.channels_last)
-            for name in ("flow", "reflow")}
+    where = {"device": args.device, "memory_format": torch.channels_last}
+    return {name: UNet(args.width, t_max=1).to(**where) for name in ("flow", "reflow")}
 
 
 def flow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, error=F.mse_loss) -> Tensor:
-    """Liu et al. 2022, Eq. 1: the mean squared error of the velocity on the line from x0 to x1.
+    """Liu et al. 2022, Eq. 1: the mean squared error of v on the line from x0 to x1.
 
-    x0, noise, and x1, data: (B, ...); t: (B,) in [0, 1]. Where lines cross, the squared error makes
-    v their mean. The lines of a reflow hardly cross; there F.l1_loss gave better images.
+    x0, noise, and x1, data: (B, ...); t: (B,) in [0, 1]. The squared error makes v the mean
+    where lines cross. Those of a reflow hardly cross; there F.l1_loss gave better images.
     """
     t_ = t.view(-1, *[1] * (x0.dim() - 1))
     x_t = (1 - t_) * x0 + t_ * x1
@@ -143,8 +145,8 @@ def even_times(steps: int) -> list[float]:
 
 @torch.no_grad()
 def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
-    """From noise x0 (B, ...) to an image along dx = v dt by Euler's method; trace(t, x_t, v), if
-    given, sees every step.
+    """From noise x0 (B, ...) to an image along dx = v dt by Euler's method; `trace(t, x_t, v)`,
+    if given, sees every step.
     """
     x = x0
     for t, t_next in tqdm(list(pairwise(even_times(steps))), "Euler", leave=False, delay=2):
@@ -157,8 +159,8 @@ def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 @torch.no_grad()
 def heun_solve(model, x: Tensor, times: list[float]) -> Tensor:
-    """Heun's method from x (B, ...) at times[0] to times[-1]: try an Euler step, then step by the
-    mean of the velocities at both ends. Two calls a step, and an error of O(1 / steps²).
+    """Heun's method from x (B, ...) at times[0] to times[-1]: try an Euler step, then step by
+    the mean of the velocities at both ends. Two calls a step, an error of O(1 / steps²).
     """
     for t, t_next in pairwise(times):
         v = model(x, torch.full((len(x),), t, device=x.device))
@@ -176,8 +178,8 @@ def straightness(model, x0: Tensor, steps: int) -> float:
 
 
 def make_pairs(model, n: int, steps: int, rng, device="cpu", x1=None) -> tuple[Tensor, Tensor]:
-    """n pairs (x0, x1), (n, 1, 28, 28) each: noise x0 drawn from `rng`, and where the flow takes
-    it; or, if x1 is given, x1 and where it comes from, by the same times in reverse.
+    """n pairs (x0, x1), (n, 1, 28, 28) each: noise x0 drawn from `rng`, and where the flow
+    takes it; or, if x1 is given, x1 and where it comes from, by the same times in reverse.
     """
     start = torch.randn(n, 1, 28, 28, generator=rng).to(device) if x1 is None else x1
     times = even_times(steps) if x1 is None else even_times(steps)[::-1]
@@ -214,18 +216,18 @@ def train(args) -> dict[str, nn.Module]:
 def load_pairs(args, net, folder: Path, data: Tensor) -> tuple[Tensor, Tensor]:
     """All pairs, in half precision; each thousand is made once and kept in a file."""
     folder.mkdir(exist_ok=True)
-    chunks = [(kind, n, min(n + 1000, size))
-              for kind, size in (("noise", args.pairs), ("real", min(args.real_pairs, len(data))))
+    sizes = {"noise": args.pairs, "real": min(args.real_pairs, len(data))}
+    chunks = [(kind, n, min(n + 1000, size)) for kind, size in sizes.items()
               for n in range(0, size, 1000)]
     pairs = []
     for kind, n, end in tqdm(chunks, "pairs, in thousands"):
         path = folder / f"{kind}_{n}_to_{end}_by_{args.pair_steps}_steps_{args.seed}.pt"
         if not path.exists():
-            rng = torch.Generator().manual_seed(args.seed + 1000 + n)  # not that of the figures
+            rng = torch.Generator().manual_seed(args.seed + 1000 + n)  # not the figures' one
             real = data[n:end] if kind == "real" else None
             pair = make_pairs(net, end - n, args.pair_steps, rng, args.device, real)
             common.save(path, {"x0": pair[0].half().cpu(), "x1": pair[1].half().cpu()})
-        with common.one_line_error(f"{path} is broken: delete it, and --resume makes it again"):
+        with common.one_line_error(f"{path} is broken: delete it, and --resume"):
             pairs.append(torch.load(path, map_location=args.device, weights_only=True))
     return tuple(torch.cat([pair[side] for pair in pairs]) for side in ("x0", "x1"))
 
@@ -245,11 +247,12 @@ def make_figures(args, flow: nn.Module, reflow: nn.Module) -> None:
             made = {"name": name, "method": method, "sampler": "Euler", "steps": n}
             samplers.append((made, lambda x, rng, net=net, n=n: euler_sample(net, x, n)))
     straight = {name: straightness(net, noise, 100) for name, net in nets.items()}
-    common.measure(args, samplers, noise, "Columns share their noise", straightness=straight)
+    title = "Columns share their noise"
+    common.measure(args, samplers, noise, title, straightness=straight)
 
 
 def draw_path(args, nets: dict, x0: Tensor) -> None:
-    """Paths before and after the reflow: two digits as stills, eight as a moving picture."""
+    """Paths before and after the reflow: two digits as stills, eight as a film."""
     paths = {name: [] for name in nets}  # (t, x_t, where v aims at t = 1) at every step
     for name, net in nets.items():
         keep = lambda t, x, v, name=name: paths[name].append((t, x, x + (1 - t) * v))
@@ -258,9 +261,10 @@ def draw_path(args, nets: dict, x0: Tensor) -> None:
     images = [state[k][i] for i in range(2) for path in paths.values()
               for k in (1, 2) for state in path[::3]]
     title = "On the path: x_t, and below it where its velocity aims, x_t + (1-t) v"
-    common.save_grid(torch.stack(images), args.out_dir / "samples_path.png", title, columns=11,
-                     rows=[f"{name}: {what}" for name in nets for what in ("x_t", "aim")] * 2,
-                     below=[f"t={i / 10:.1f}" for i in range(11)])
+    rows = [f"{name}: {what}" for name in nets for what in ("x_t", "aim")] * 2
+    below = [f"t={i / 10:.1f}" for i in range(11)]
+    file = args.out_dir / "samples_path.png"
+    common.save_grid(torch.stack(images), file, title, 11, rows, below)
     film = [torch.cat([x[:8] for _, x, _ in states]) for states in zip(*paths.values())]
     common.save_gif(film[::2], args.out_dir / "path.gif", columns=8)
 

@@ -65,7 +65,7 @@ T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative 
     "uniform": lambda u: u,
     # most t near the middle: Esser et al. 2024, Eq. 19, with m = 0, s = 1
     "logit-normal": lambda u: (2**0.5 * torch.erfinv(2 * u - 1)).sigmoid(),
-    # most t near the ends, ∝ cosh(a (2t - 1)) with a = 4: Lee et al. 2024 (their code: a = 2)
+    # most t near the ends, ∝ cosh(a (2t - 1)) with a = 4: Lee et al. 2024 (in code: a = 2)
     "u-shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(4)) / 8,
     # a random half of all t is 0, where a sampler of one step asks; the others are u-shaped
     "half-at-0": lambda u: T_DENSITIES["u-shaped"]((2 * u - 1).clamp(min=0)),
@@ -83,12 +83,12 @@ def conv_block(conv: nn.Module) -> nn.Module:
 class VAE(nn.Module):
     """Images (B, 1, 28, 28) in [-1, 1] -> latents (B, 64) -> images. Kingma & Welling 2014.
 
-    `mean` and `std` (64,) of the training images' latents are measured once and saved.
+    `mean` and `std` (64,), of the training images' latents, standardise the latents.
     """
 
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Sequential(  # channels in and out, kernel, stride, padding
+        self.encoder = nn.Sequential(  # channels in and out, kernel, stride, paddings
             conv_block(nn.Conv2d(1, 16, 3, 2, 1)),  # (B, 16, 14, 14)
             conv_block(nn.Conv2d(16, 32, 3, 2, 1)),  # (B, 32, 7, 7)
             conv_block(nn.Conv2d(32, 64, 7)),  # (B, 64, 1, 1)
@@ -121,8 +121,7 @@ class VAE(nn.Module):
 
     def to_latent(self, mu: Tensor, logvar: Tensor, rng=None) -> Tensor:
         """A draw from q(z | x), standardised over all training images, as (B, 1, 8, 8)."""
-        z = self.draw(mu, logvar, rng)
-        return ((z - self.mean) / self.std).view(-1, 1, 8, 8)
+        return ((self.draw(mu, logvar, rng) - self.mean) / self.std).view(-1, 1, 8, 8)
 
     def to_images(self, latent: Tensor) -> Tensor:
         return self.decode(latent.flatten(1) * self.std + self.mean)
@@ -136,7 +135,7 @@ def encode_all(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class UNet(nn.Module):
-    """(B, 1, H, W), H and W multiples of 4, and times (B,) from 0 to t_max -> (B, 1, H, W)."""
+    """(B, 1, H, W), H and W multiples of 4, times (B,) from 0 to t_max -> (B, 1, H, W)."""
 
     def __init__(self, width: int, t_max: float):
         super().__init__()
@@ -177,16 +176,16 @@ class UNet(nn.Module):
 
 
 def make_models(args) -> dict[str, nn.Module]:
-    nets = {name: UNet(args.width, t_max=1).to(args.device, memory_format=torch.channels_last)
-            for name in ("flow", "reflow")}
+    where = {"device": args.device, "memory_format": torch.channels_last}
+    nets = {name: UNet(args.width, t_max=1).to(**where) for name in ("flow", "reflow")}
     return nets | {"vae": VAE().to(args.device)}
 
 
 def flow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, error=F.mse_loss) -> Tensor:
-    """Liu et al. 2022, Eq. 1: the mean squared error of the velocity on the line from x0 to x1.
+    """Liu et al. 2022, Eq. 1: the mean squared error of v on the line from x0 to x1.
 
-    x0, noise, and x1, data: (B, ...); t: (B,) in [0, 1]. Where lines cross, the squared error makes
-    v their mean. The lines of a reflow hardly cross; there F.l1_loss gave better images.
+    x0, noise, and x1, data: (B, ...); t: (B,) in [0, 1]. The squared error makes v the mean
+    where lines cross. Those of a reflow hardly cross; there F.l1_loss gave better images.
     """
     t_ = t.view(-1, *[1] * (x0.dim() - 1))
     x_t = (1 - t_) * x0 + t_ * x1
@@ -199,8 +198,8 @@ def even_times(steps: int) -> list[float]:
 
 @torch.no_grad()
 def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
-    """From noise x0 (B, ...) to a latent along dx = v dt by Euler's method; trace(t, x_t, v), if
-    given, sees every step.
+    """From noise x0 (B, ...) to a latent along dx = v dt by Euler's method; `trace(t, x_t, v)`,
+    if given, sees every step.
     """
     x = x0
     for t, t_next in tqdm(list(pairwise(even_times(steps))), "Euler", leave=False, delay=2):
@@ -213,8 +212,8 @@ def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 @torch.no_grad()
 def heun_solve(model, x: Tensor, times: list[float]) -> Tensor:
-    """Heun's method from x (B, ...) at times[0] to times[-1]: try an Euler step, then step by the
-    mean of the velocities at both ends. Two calls a step, and an error of O(1 / steps²).
+    """Heun's method from x (B, ...) at times[0] to times[-1]: try an Euler step, then step by
+    the mean of the velocities at both ends. Two calls a step, an error of O(1 / steps²).
     """
     for t, t_next in pairwise(times):
         v = model(x, torch.full((len(x),), t, device=x.device))
@@ -232,8 +231,8 @@ def straightness(model, x0: Tensor, steps: int) -> float:
 
 
 def make_pairs(model, n: int, steps: int, rng, device="cpu", x1=None) -> tuple[Tensor, Tensor]:
-    """n pairs (x0, x1), (n, 1, 8, 8) each: noise x0 drawn from `rng`, and where the flow takes
-    it; or, if x1 is given, x1 and where it comes from, by the same times in reverse.
+    """n pairs (x0, x1), (n, 1, 8, 8) each: noise x0 drawn from `rng`, and where the flow
+    takes it; or, if x1 is given, x1 and where it comes from, by the same times in reverse.
     """
     start = torch.randn(n, 1, 8, 8, generator=rng).to(device) if x1 is None else x1
     times = even_times(steps) if x1 is None else even_times(steps)[::-1]
@@ -286,18 +285,18 @@ def load_vae(args, vae: VAE) -> VAE:
 def load_pairs(args, net, folder: Path, data: Tensor) -> tuple[Tensor, Tensor]:
     """All pairs, in half precision; each thousand is made once and kept in a file."""
     folder.mkdir(exist_ok=True)
-    chunks = [(kind, n, min(n + 1000, size))
-              for kind, size in (("noise", args.pairs), ("real", min(args.real_pairs, len(data))))
+    sizes = {"noise": args.pairs, "real": min(args.real_pairs, len(data))}
+    chunks = [(kind, n, min(n + 1000, size)) for kind, size in sizes.items()
               for n in range(0, size, 1000)]
     pairs = []
     for kind, n, end in tqdm(chunks, "pairs, in thousands"):
         path = folder / f"{kind}_{n}_to_{end}_by_{args.pair_steps}_steps_{args.seed}.pt"
         if not path.exists():
-            rng = torch.Generator().manual_seed(args.seed + 1000 + n)  # not that of the figures
+            rng = torch.Generator().manual_seed(args.seed + 1000 + n)  # not the figures' one
             real = data[n:end] if kind == "real" else None
             pair = make_pairs(net, end - n, args.pair_steps, rng, args.device, real)
             common.save(path, {"x0": pair[0].half().cpu(), "x1": pair[1].half().cpu()})
-        with common.one_line_error(f"{path} is broken: delete it, and --resume makes it again"):
+        with common.one_line_error(f"{path} is broken: delete it, and --resume"):
             pairs.append(torch.load(path, map_location=args.device, weights_only=True))
     return tuple(torch.cat([pair[side] for pair in pairs]) for side in ("x0", "x1"))
 

@@ -335,8 +335,8 @@ def load_networks(state: dict, models: dict[str, nn.Module]) -> dict[str, nn.Mod
 
 def time_sampler(sample, noise: Tensor, seed: int) -> tuple[Tensor, float]:
     """What sample(noise, rng) returns, and its seconds: the median of up to three runs."""
-    seconds = []  # run 1 warms up; it counts only if it is alone: on a CPU, after 5 s or more
-    while len(seconds) < (1 if noise.is_cpu else 2) or (len(seconds) < 4 and sum(seconds) < 5):
+    seconds = []  # run 1 warms up; it counts only if it is alone: on a CPU, after 2 s or more
+    while len(seconds) < (1 if noise.is_cpu else 2) or (len(seconds) < 4 and sum(seconds) < 2):
         start = time.perf_counter()
         images = sample(noise, torch.Generator(noise.device).manual_seed(seed))
         images.sum().item()  # waits for the device

@@ -238,10 +238,10 @@ def test_05_judges_a_set_with_the_classifier_of_that_set_alone(tmp_path, monkeyp
     methods = {line.split("|")[1].strip() for line in text.splitlines() if line.count("|") > 5}
     assert {"shapes", "training images"} <= methods and "fashion" not in methods
     stranger = "runs/shapes/elsewhere/eval_1.pt"
-    assert f"does not know what these show: {stranger}" in text
+    assert f"cannot judge these: {stranger}" in text
     state = torch.load("runs/shapes/05_compare/checkpoint.pt", weights_only=True)
     assert len(state["networks"]["judge"]["classify.weight"]) == 3
-    assert f"does not know what these show: {stranger}" in one_line(
+    assert f"cannot judge these: {stranger}" in one_line(
         compare.main, [*typed, stranger])  # and now it is loaded, not trained
     compare.main([*typed, "runs/shapes/01_ddpm_ddim/eval_1.pt"])
     assert torch.load("runs/shapes/05_compare/checkpoint.pt", weights_only=True)["history"] == (

@@ -612,6 +612,16 @@ def test_02_measures_its_latents_and_keeps_that(tmp_path, every_checkpoint):
         assert torch.allclose(saved["std"], std, atol=1e-5)
 
 
+def test_a_longer_vae_training_makes_the_diffusion_of_02_begin_again(tmp_path):
+    latent.train(latent.parse_args(options(tmp_path, *TINY, "--vae-epochs", "1")))
+    more = ["--resume", "--vae-epochs", "2", "--device", "cpu", "--out-dir", str(tmp_path)]
+    latent.train(latent.parse_args(more))
+    history = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["history"]
+    stages = [(epoch["stage"], epoch["epoch"]) for epoch in history]
+    assert stages == [("vae", 1), ("diffusion", 1), ("diffusion", 2),
+                      ("vae", 2), ("diffusion", 1), ("diffusion", 2)]
+
+
 @pytest.mark.parametrize("module", [flow, latent_flow])
 def test_a_reflow_starts_from_the_flow_and_learns_from_its_pairs(module, tmp_path, monkeypatch):
     """Of this flow, not of an older one that left its pairs in the same folder."""
