@@ -124,8 +124,8 @@ class UNet(nn.Module):
 
 
 def make_models(args) -> dict[str, nn.Module]:
-    where = {"device": args.device, "memory_format": torch.channels_last}
-    return {name: UNet(args.width, t_max=1).to(**where) for name in ("flow", "reflow")}
+    return {name: UNet(args.width, t_max=1).to(args.device, memory_format=torch.channels_last)
+            for name in ("flow", "reflow")}
 
 
 def flow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, error=F.mse_loss) -> Tensor:

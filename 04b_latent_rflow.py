@@ -176,8 +176,8 @@ class UNet(nn.Module):
 
 
 def make_models(args) -> dict[str, nn.Module]:
-    where = {"device": args.device, "memory_format": torch.channels_last}
-    nets = {name: UNet(args.width, t_max=1).to(**where) for name in ("flow", "reflow")}
+    nets = {name: UNet(args.width, t_max=1).to(args.device, memory_format=torch.channels_last)
+            for name in ("flow", "reflow")}
     return nets | {"vae": VAE().to(args.device)}
 
 

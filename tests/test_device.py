@@ -56,8 +56,9 @@ def load(path: Path) -> dict:
 
 
 @pytest.mark.parametrize("module", DRAWING)
-def test_each_script_trains_resumes_and_samples(module, cuda, tmp_path, capsys):
+def test_each_script_trains_resumes_and_samples(module, cuda, tmp_path, capsys, monkeypatch):
     module.main(tiny(module, tmp_path))
+    monkeypatch.setattr(module, "draw_path", lambda *_: None)  # once is enough
     assert capsys.readouterr().out.splitlines()[0] == (
         f"{module.__name__} on cuda, weights: new")
     state = load(tmp_path / "checkpoint.pt")
@@ -76,7 +77,7 @@ def test_each_script_trains_resumes_and_samples(module, cuda, tmp_path, capsys):
     assert len(state["history"]) > len(state["networks"]) - ("vae" in state["networks"])
 
 
-@pytest.mark.parametrize("module", [ddpm, latent, cfg, latent_flow])
+@pytest.mark.parametrize("module", [latent, cfg, latent_flow])  # 01 draws as 03 does
 def test_cuda_and_cpu_draw_the_same_digits(module, cuda, tmp_path):
     """From the shipped weights: noise and labels are those of the CPU, rounding apart."""
     drawn = {}

@@ -114,5 +114,5 @@ def test_it_starts_as_the_flow_and_runs(tmp_path):
     old = meanflow.common.load_networks(of_04.state, flow.make_models(of_04))["flow"]
     x, t, r = torch.randn(3, 1, 28, 28), torch.rand(3), torch.ones(3)
     torch.testing.assert_close(model(x, t, r), old(x, t))
-    meanflow.main(options(tmp_path))
+    meanflow.main(options(tmp_path, "--epochs", "1", "--steps", "1", "--eval-samples", "0"))
     assert (tmp_path / "samples.png").exists() and (tmp_path / "path.gif").exists()

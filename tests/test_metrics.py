@@ -116,9 +116,9 @@ def test_faint_pixels_are_counted_and_a_distance_is_without_them():
 
 @pytest.fixture(scope="module")
 def digits(judge):
-    """The features of 2,000 synthetic digits, and 600 others with labels."""
-    real, _ = compare.features(judge, common.to_uint8(common.synthetic_digits(2000, seed=1)[0]))
-    return real, *common.synthetic_digits(600, seed=2)
+    """The features of 1,000 synthetic digits, and 400 others with labels."""
+    real, _ = compare.features(judge, common.to_uint8(common.synthetic_digits(1000, seed=1)[0]))
+    return real, *common.synthetic_digits(400, seed=2)
 
 
 def test_worse_digits_score_worse(judge, digits):
@@ -148,8 +148,10 @@ def test_the_shipped_classifier_reads_mnist(judge, tmp_path):
     args = compare.parse_args(["--device", "cpu", "--data-dir", str(ROOT / "data"),
                                "--out-dir", str(tmp_path)])
     images, labels = common.load_images(args, train=False)
+    assert len(images) == 10_000
+    images, labels = images[::4], labels[::4]
     _, read = compare.features(judge, common.to_uint8(images))
-    assert len(read) == 10_000 and (read == labels).double().mean() > 0.994
+    assert (read == labels).double().mean() > 0.994
 
 
 def test_a_classifier_trained_on_synthetic_digits_reads_others(fast_dev):

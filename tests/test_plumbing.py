@@ -805,9 +805,9 @@ class FakeClock:
 
 @pytest.mark.parametrize(("gpu", "seconds", "runs", "expected"), [
     (False, [0.5, 0.1, 0.9, 0.3], 4, 0.3),  # the median of all but the first
-    (False, [5.5], 1, 5.5),  # there is nobody who would wait for more of these
-    (False, [4, 2], 2, 2),
-    (False, [2, 4], 2, 4),
+    (False, [2.5], 1, 2.5),  # there is nobody who would wait for more of these
+    (False, [1.5, 1], 2, 1),
+    (False, [1, 1.5], 2, 1.5),
     (False, [0.01, 0.1, 0.9, 0.3], 4, 0.3),
     (True, [60, 1], 2, 1),  # the first run warms up
     (True, [60, 7], 2, 7),
