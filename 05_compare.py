@@ -1,4 +1,4 @@
-"""How good and how fast are the samples? A classifier scores them; rules judge five claims.
+"""How good and how fast are the samples? A classifier scores them; rules judge six claims.
 
 A picture shows that digits look like digits, but not whether all kinds are there, or what
 ten steps lose against a hundred. So a small classifier turns each image into 64 numbers,
@@ -19,8 +19,7 @@ digits (precision: are they digits?); by the share of digits inside the cloud of
 Despite its name, FD is a squared distance, here to all test digits. Small sets score too
 high, so each size N has a table of its own, with the score of N training digits: the
 floor. Claims compare what is above it. Precision and recall compare N samples with N test
-digits. The sets are the files runs/*/eval_*.pt. The other scripts write them with
---eval-samples, and put the times that they measured into them.
+digits. The sets, runs/*/eval_*.pt, come from the other scripts (--eval-samples), with times.
 
     python 05_compare.py                       score what is in runs/: table, plots, verdicts
     python 05_compare.py --eval-samples 1000   the first 1,000 images of each set
@@ -70,7 +69,6 @@ def conv(c_in: int, c_out: int) -> list[nn.Module]:
 
 class Judge(nn.Module):
     """(B, 1, 28, 28) in [-1, 1] -> (B, classes), their scores; .features gives (B, 64)."""
-
     def __init__(self, classes: int = 10):
         super().__init__()
         self.features = nn.Sequential(
@@ -197,7 +195,7 @@ def add_notes(rows: list[dict], args) -> None:
 
 
 LIKE = 1.25  # our reading of "almost as good": at most so many times the distance above the floor
-CLAIMS = [  # of the report (README), its set, the set beside it, rules: key, sign, times
+CLAIMS = [  # 1 to 5 of the report (README); its set, the one beside it, rules: key, sign, times
     ("1a. DDIM-100 is many times faster than DDPM", ("diffusion", "DDIM", 100),
      ("diffusion", "DDPM", 1000), [("seconds", "<=", 0.2)]),
     ("1b. ... and almost as good", ("diffusion", "DDIM", 100),
@@ -214,6 +212,8 @@ CLAIMS = [  # of the report (README), its set, the set beside it, rules: key, si
      ("rectified flow", "Euler", 10), [("above", "<=", LIKE)]),
     ("5b. ... or less time", ("latent flow", "Euler", 10),
      ("rectified flow", "Euler", 10), [("images_per_second", ">=", 1), ("above", "<=", LIKE)]),
+    ("6. One step without pairs is like one after reflow", ("MeanFlow", "MeanFlow", 1),
+     ("reflow", "Euler", 1), [("above", "<=", 1)]),
 ]
 
 
@@ -326,9 +326,9 @@ def make_figures(args, judge: Judge) -> None:
             chosen = [row for row in chosen if not row["note"]]
             draw(args, n, chosen, floor)
             verdicts = [judge_claim(chosen, *claim) for claim in CLAIMS]
-            text += "\n" + table(["the report's claim", "rule", "verdict", "figures"], verdicts)
+            text += "\n" + table(["claim", "rule", "verdict", "figures"], verdicts)
     if not args.files:
-        scripts = {path.stem for path in Path(__file__).parent.glob("0[1-4]*.py")}
+        scripts = {path.stem for path in Path(__file__).parent.glob("0[1-46]*.py")}
         if missing := scripts - {path.parent.name for path in paths}:
             text += f"\nNo sets (see --eval-samples) of: {', '.join(sorted(missing))}\n"
         text += f"\n{refusal}\n" if wrong else ""

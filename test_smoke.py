@@ -21,7 +21,7 @@ from PIL import Image
 ROOT = Path(__file__).parent
 STAGES = {"01_ddpm_ddim": ["diffusion"], "02_latent_diffusion": ["vae", "diffusion"],
           "03_cfg": ["diffusion"], "04_rectified_flow": ["flow", "reflow"],
-          "04b_latent_rflow": ["flow", "reflow"]}
+          "04b_latent_rflow": ["flow", "reflow"], "06_meanflow": ["meanflow"]}
 FOREVER = 1800  # seconds: no test waits for the clock, this is only to end one that hangs
 
 
@@ -243,7 +243,8 @@ def test_05_reports_on_the_runs_there_are(fast_dev, tmp_path):
     for row in [("diffusion", "DDIM", "2"), ("diffusion", "DDPM", "20"),
                 ("latent diffusion", "DDIM", "10"), ("guided diffusion", "DDIM", "10"),
                 ("rectified flow", "Euler", "5"), ("reflow", "Euler", "1"),
-                ("latent flow", "Euler", "5"), ("latent reflow", "Euler", "1")]:
+                ("latent flow", "Euler", "5"), ("latent reflow", "Euler", "1"),
+                ("MeanFlow", "MeanFlow", "1")]:
         assert row in found
     for row in rows[1:]:  # after the line below the head
         assert float(row["Fréchet distance"]) > 0

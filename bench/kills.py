@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["01_ddpm_ddim", "02_latent_diffusion", "03_cfg", "04_rectified_flow", "04b_latent_rflow"]
+SCRIPTS = ["01_ddpm_ddim", "02_latent_diffusion", "03_cfg", "04_rectified_flow",
+           "04b_latent_rflow", "06_meanflow"]
 
 
 def attempt(command: list, seconds: float | None = None) -> bool:

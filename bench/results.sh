@@ -23,6 +23,7 @@ if [ "${1-}" = --dry-run ]; then
     small[01_ddpm_ddim]+=" --ddim-sweep 1"
     small[03_cfg]+=" --guidance-sweep 1"
     small[04_rectified_flow]="--steps 1" small[04b_latent_rflow]="--steps 1"
+    small[06_meanflow]="--steps 1"
     small[05_compare]="--fast-dev --epochs 1"
 fi
 mkdir -p "$out"
@@ -36,7 +37,8 @@ stage() { # its name, then its command; what it prints goes to NAME.txt
     mv "$out/$name.part" "$out/$name.txt"
 }
 
-for script in 01_ddpm_ddim 02_latent_diffusion 03_cfg 04_rectified_flow 04b_latent_rflow; do
+for script in 01_ddpm_ddim 02_latent_diffusion 03_cfg 04_rectified_flow 04b_latent_rflow \
+    06_meanflow; do
     stage $script "$python" $script.py --sample-only --device cpu --eval-samples "$samples" \
         --out-dir "$out/$script" ${small[$script]-}
 done

@@ -13,7 +13,8 @@ cfg = importlib.import_module("03_cfg")
 flow = importlib.import_module("04_rectified_flow")
 latent_flow = importlib.import_module("04b_latent_rflow")
 compare = importlib.import_module("05_compare")
-DRAWING = [ddpm, latent, cfg, flow, latent_flow]
+meanflow = importlib.import_module("06_meanflow")
+DRAWING = [ddpm, latent, cfg, flow, latent_flow, meanflow]
 MODULES = [*DRAWING, compare]
 
 

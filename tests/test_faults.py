@@ -40,9 +40,10 @@ WRONG = {  # an option, whichever script has it: values that it must refuse
     "--digits": ["x", "12a", "-3", ""], "--steps": COUNT, "--pairs": FROM_0,
     "--real-pairs": FROM_0, "--pair-steps": COUNT, "--reflow-epochs": COUNT,
     "--reflow-lr": RATE, "--flow-t": ["normal", ""], "--reflow-t": ["normal", ""],
+    "--equal": ["-0.1", "1.1", "nan", "x"], "--tangent": ["x", ""], "--derivative": ["x", ""],
 }
 SWITCHES = {"--help", "--resume", "--sample-only", "--no-graphs", "--fast-dev", "--train-judge"}
-FILES = {"--data-dir", "--out-dir", "--vae", "--runs"}  # see below
+FILES = {"--data-dir", "--out-dir", "--vae", "--flow", "--runs"}  # see below
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -6,7 +6,18 @@ import random
 import pytest
 import torch
 from PIL import Image
-from scripts import DRAWING, cfg, compare, ddpm, flow, latent, latent_flow, one_line, usage_error
+from scripts import (
+    DRAWING,
+    cfg,
+    compare,
+    ddpm,
+    flow,
+    latent,
+    latent_flow,
+    meanflow,
+    one_line,
+    usage_error,
+)
 from torchvision.transforms.functional import to_pil_image
 
 import common
@@ -157,6 +168,10 @@ def test_each_script_learns_samples_resumes_and_draws_a_folder(
         assert "shapes/02_latent_diffusion/checkpoint.pt" in one_line(
             module.main, [*common_options, *more])
         latent.main([*common_options, *vae])
+    if module is meanflow:
+        assert "shapes/04_rectified_flow/checkpoint.pt" in one_line(module.main, common_options)
+        flow.main([*common_options, *more])
+        more = ["--steps", "1"]
     module.main([*common_options, *more])
     out = tmp_path / "runs" / "shapes" / module.__name__  # not where a run on MNIST would be
     state = torch.load(out / "checkpoint.pt", weights_only=True)

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from scripts import cfg, ddpm, flow, latent, latent_flow
+from scripts import cfg, ddpm, flow, latent, latent_flow, meanflow
 from torch import nn
 from torch.distributions import Normal
 from torch.nn import functional as F
@@ -33,6 +33,7 @@ def seeded(seed: int) -> torch.Generator:
     ([latent, latent_flow], ["VAE", "conv_block", "encode_all"]),
     ([flow, latent_flow], ["flow_loss", "even_times", "euler_sample", "heun_solve",
                            "straightness", "load_pairs"]),
+    ([flow, meanflow], ["even_times"]),
 ])
 def test_siblings_share_their_text(modules, names):
     for name in names:

@@ -1,15 +1,11 @@
-"""bench/meanflow.py against flows with a closed form, and as a run in miniature."""
-
-import importlib
-import sys
+"""06: MeanFlow against flows with a closed form, and where it starts."""
 
 import pytest
 import torch
-from scripts import ROOT, flow, options
+from scripts import flow, meanflow, one_line, options
 from torch import nn
 
-sys.path.append(str(ROOT / "bench"))
-meanflow = importlib.import_module("meanflow")
+import common
 
 S = 0.3  # the data are N(0, S²), so all marginals are Gaussians, and the paths scale x
 
@@ -106,13 +102,20 @@ def test_a_network_trained_on_it_takes_one_step_to_the_data():
     assert (x1[far] - x0[far].sign()).abs().mean() < 0.25  # 0.10 here; 1 by the velocity
 
 
-def test_it_starts_as_the_flow_and_runs(tmp_path):
+def test_it_starts_as_the_flow(tmp_path):
     args = meanflow.parse_args(options(tmp_path))
     model = meanflow.make_models(args)["meanflow"]
     meanflow.start_from_flow(args, model)
     of_04 = flow.parse_args(["--sample-only", "--device", "cpu", "--out-dir", str(tmp_path)])
-    old = meanflow.common.load_networks(of_04.state, flow.make_models(of_04))["flow"]
+    old = common.load_networks(of_04.state, flow.make_models(of_04))["flow"]
     x, t, r = torch.randn(3, 1, 28, 28), torch.rand(3), torch.ones(3)
     torch.testing.assert_close(model(x, t, r), old(x, t))
-    meanflow.main(options(tmp_path, "--epochs", "1", "--steps", "1", "--eval-samples", "0"))
-    assert (tmp_path / "samples.png").exists() and (tmp_path / "path.gif").exists()
+
+
+def test_another_width_and_an_unfinished_flow_are_refused(tmp_path):
+    args = meanflow.parse_args(options(tmp_path, "--width", "8"))
+    assert "--width 32" in one_line(meanflow.train, args)
+    state = common.load_checkpoint(args.flow, "04_rectified_flow")
+    torch.save(state | {"networks": {}}, tmp_path / "flow.pt")
+    args = meanflow.parse_args(options(tmp_path, "--flow", str(tmp_path / "flow.pt")))
+    assert "flow.pt does not hold a flow" in one_line(meanflow.train, args)

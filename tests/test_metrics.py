@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 import torch
-from scripts import MODULES, ROOT, compare, ddpm, one_line, options
+from scripts import DRAWING, ROOT, compare, ddpm, one_line, options
 from torchvision.transforms.functional import gaussian_blur, to_pil_image
 
 import common
@@ -209,8 +209,8 @@ def test_what_a_claim_lacks_is_named():
                                                                        "no seconds for 16"]
 
 
-def test_all_five_claims_are_judged():
-    assert sorted({key[0] for key in CLAIMS}) == ["1", "2", "3", "4", "5"]
+def test_all_six_claims_are_judged():
+    assert sorted({key[0] for key in CLAIMS}) == ["1", "2", "3", "4", "5", "6"]
     assert len(CLAIMS) == len(compare.CLAIMS)  # each has a number of its own
 
 
@@ -307,7 +307,7 @@ def test_sets_of_different_size_never_share_a_table(judge, tmp_path, capsys):
     assert all(row["verdict"] == "not measured" for row in [*verdicts, *more_verdicts])
     plots = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert {"quality_network_calls_20.png", "quality_network_calls_40.png"} <= plots
-    for script in MODULES[1:-1]:
+    for script in DRAWING[1:]:
         assert script.__name__ in text  # is missing, and named
 
 
@@ -321,7 +321,7 @@ def test_rows_of_equal_size_are_judged(judge, tmp_path):
     scores, verdicts = tables((tmp_path / "out" / "comparison.md").read_text())
     assert [row["note" if "note" in row else "not compared:"] for row in scores] == [
         "", "", "on another machine", ""]
-    found = {row["the report's claim"].split(".")[0]: row["verdict"] for row in verdicts}
+    found = {row["claim"].split(".")[0]: row["verdict"] for row in verdicts}
     assert found.pop("1a") == "holds"  # 2 s against 20 s
     assert found.pop("1b") == "holds"  # the same images
     assert set(found.values()) == {"not measured"}

@@ -20,6 +20,7 @@ from scripts import (
     flow,
     latent,
     latent_flow,
+    meanflow,
     one_line,
     options,
     usage_error,
@@ -37,13 +38,15 @@ needs_mnist = pytest.mark.skipif(not MNIST.exists(), reason="MNIST is not in dat
 
 def unet(module, width=8, t_max=1000) -> nn.Module:
     torch.manual_seed(0)
-    return module.UNet(width, t_max, 4) if module is cfg else module.UNet(width, t_max)
+    more = {cfg: [t_max, 4], meanflow: []}.get(module, [t_max])
+    return module.UNet(width, *more)
 
 
 def inputs(module, n=11, size=28) -> list[torch.Tensor]:
-    """Images, times from 0 to 1,000, and the labels that 03 wants."""
+    """Images, times from 0 to 1,000, the labels that 03 wants, and the later times for 06."""
     x, t = torch.randn(n, 1, size, size), torch.linspace(0, 999, n)
-    return [x, t, torch.arange(n) % 11] if module is cfg else [x, t]
+    more = {cfg: [torch.arange(n) % 11], meanflow: [t + torch.linspace(0, 1, n)]}
+    return [x, t, *more.get(module, [])]
 
 
 @pytest.mark.parametrize("module", DRAWING)
@@ -560,9 +563,10 @@ def test_a_file_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
 TINY = ["--train-images", "64", "--epochs", "2", "--batch-size", "16"]
 PAIRS = ["--pairs", "64", "--real-pairs", "32", "--reflow-epochs", "2"]
 TINY_OF = {ddpm: [], cfg: [], latent: ["--vae-epochs", "2"], compare: [], flow: PAIRS,
-           latent_flow: PAIRS}
+           latent_flow: PAIRS, meanflow: []}
 STAGES = {ddpm: ["diffusion"], cfg: ["diffusion"], latent: ["vae", "diffusion"],
-          flow: ["flow", "reflow"], latent_flow: ["flow", "reflow"], compare: ["judge"]}
+          flow: ["flow", "reflow"], latent_flow: ["flow", "reflow"], compare: ["judge"],
+          meanflow: ["meanflow"]}
 
 
 @pytest.mark.parametrize("module", MODULES)
