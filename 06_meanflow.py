@@ -3,32 +3,34 @@
 04 takes one step only after a reflow: it makes pairs of noise and image, and trains on
 these. MeanFlow learns one step from images alone. Its network does not predict the
 velocity at a point of the path, but the average velocity u from there to a later time r.
-Then one step of u from t = 0 to r = 1 reaches the image, however much the path bends. No
-training image shows an average velocity, for that would take a whole path. But u obeys a
-law at each point, and the law needs only the velocity there and the derivative of u.
+Then one step of u from t = 0 to r = 1 reaches the image, however much the path bends. A
+pair of noise and image shows only a velocity; to average, we would have to follow a path.
+But u obeys a law at each point, which needs only the velocity there and how u changes.
 
     u(x_t, t, r) = 1/(r-t) ∫ v(x_s, s) ds, s = t ... r     Geng et al. 2025
     u(x_t, t, t) = v(x_t, t), the velocity of 04           the limit r → t
     law:   u = v + (r-t) du/dt                             Geng et al., with our direction of time
            du/dt = ∂u/∂x · v + ∂u/∂t, r fixed              the chain rule
-    loss = E log(‖(x_1 - x_0) + (r-t) du/dt - u_θ‖² + c)   no gradient flows through du/dt
+    loss = E log(‖(x_1 - x_0) + (r-t) du/dt - u_θ‖² + c)   c = 0.01; no gradient through du/dt
     sample: x_r = x_t + (r-t) u_θ(x_t, t, r)               one step: t = 0, r = 1
 
     paper           code                      shape
-    x_0, x_1        x0, x1                    (B, 1, 28, 28), noise and image, as in 04
-    t <= r          t, r                      (B,) from 0, noise, to 1, data; the paper's t
-                                              and r are 1 minus ours
-    u_θ(x_t, t, r)  model(x_t, t, r)          (B, 1, 28, 28)
+    ε, x            x0, x1                    (B, 1, 28, 28), noise and image, as in 04
+    t >= r          t <= r                    (B,) from 0, noise, to 1, data: 1 minus theirs
+    u_θ(x_t, t, r)  model(x_t, t, r)          (B, 1, 28, 28), minus theirs, as is v
     du/dt           du_dt                     (B, 1, 28, 28), along the path
 
-Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate both sides by t:
--u + (r-t) du/dt = -v. Why log? Its gradient is that of the squared error, divided by the
-error: Geng's adaptive weight with p = 1. So a few points with a large du/dt cannot drown
-the others.
+Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate both sides by t
+along the path. As t is the lower end of the integral, -u + (r-t) du/dt = -v. In the loss,
+x_1 - x_0 stands for v, which is its mean.
+
+Why log? Its gradient is that of the squared error, divided by the squared error + c:
+Geng's adaptive weight with p = 1. So a few points with a large du/dt cannot drown the
+others. The price: u is not exactly the mean any more.
 
 The network is that of 04 with a second time, r - t, which at first adds nothing. So we
 start from the weights of 04's flow, and before training u is v. For half of the images
-r = t: they keep v.
+r = t: there the target is that of 04.
 
     python 06_meanflow.py                    from the flow in weights/, for a GPU
     python 06_meanflow.py --flow FILE        from the flow in a checkpoint of 04
@@ -58,10 +60,10 @@ def parse_args(argv: list[str] | None = None):
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
     add("--steps", type=count, nargs="+", default=[1, 2, 5, 10], help="of the sampler")
     add("--equal", type=number(float, 0, 1), default=0.5, help="share of images with r = t")
-    add("--tangent", choices=["pair", "own"], default="pair", help="which v du/dt follows")
+    add("--tangent", choices=["pair", "own"], default="pair", help="whose v du/dt follows")
     add("--derivative", choices=["difference", "jvp"], default="difference", help="du/dt by")
-    tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 4, "batch_size": 16,
-            "steps": [1, 2, 5], "eval_samples": 20}
+    tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
+            "width": 8, "flow": None, "steps": [1, 2, 5], "eval_samples": 20}
     args = common.parse(parser, argv, tiny)
     if args.flow == FLOW_FILE and args.dataset not in ("mnist", "synthetic"):  # it knows digits
         args.flow = args.out_dir.parent / "04_rectified_flow" / "checkpoint.pt"
@@ -135,8 +137,8 @@ def draw_times(n: int, equal: int, rng, device="cpu") -> tuple[Tensor, Tensor]:
 def total_derivative(model, x: Tensor, t: Tensor, r: Tensor, v: Tensor, by: str) -> Tensor:
     """du/dt = ∂u/∂x · v + ∂u/∂t at x (B, ...), t and r (B,): the change of u along the path.
 
-    "difference" compares u a bit, 0.01, before and after. "jvp" is the exact derivative, which
-    also sees the fast wiggles that come from the sinusoids of t.
+    "jvp", as in Geng et al., is exact, and so it follows the fast wiggles that the sinusoids
+    of t cause. "difference" compares u at 0.01 before and after, which averages over them.
     """
     if by == "jvp":
         with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no forward mode
@@ -156,10 +158,10 @@ def meanflow_loss(
     """
     t_, r_ = (time.view(-1, *[1] * (x0.dim() - 1)) for time in (t, r))
     x_t, target = (1 - t_) * x0 + t_ * x1, x1 - x0
-    with torch.no_grad():
-        x, s, e = x_t[equal:], t[equal:], r[equal:]  # where r = t the law is u = v
-        v = model(x, s, s) if tangent == "own" else target[equal:]
-        du_dt = total_derivative(model, x, s, e, v, by)
+    with torch.no_grad():  # the first `equal` keep x1 - x0, since there r - t = 0
+        x, t1, r1 = x_t[equal:], t[equal:], r[equal:]
+        v = model(x, t1, t1) if tangent == "own" else target[equal:]
+        du_dt = total_derivative(model, x, t1, r1, v, by)
         target[equal:] += (r_ - t_)[equal:] * du_dt
     error = (target - model(x_t, t, r)).square().flatten(1).sum(1)
     return (error + 0.01).log().mean()
@@ -178,8 +180,8 @@ def meanflow_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
     for t, r in tqdm(list(pairwise(even_times(steps))), "MeanFlow", leave=False, delay=2):
         if trace:
             trace(t, x)
-        both = torch.tensor([[t], [r]], device=x.device).expand(2, len(x))
-        x = x + (r - t) * model(x, *both)
+        t_, r_ = (torch.full((len(x),), time, device=x.device) for time in (t, r))
+        x = x + (r - t) * model(x, t_, r_)
     return x
 
 
@@ -188,7 +190,7 @@ def train(args) -> dict[str, nn.Module]:
     images, labels = common.load_images(args)
     torch.manual_seed(args.seed)
     model = make_models(args)["meanflow"]
-    if "meanflow" not in args.state["networks"]:
+    if args.flow and "meanflow" not in args.state["networks"]:  # --fast-dev starts from nothing
         start_from_flow(args, model)
     stage = common.Stage(args, "meanflow", model, args.epochs, args.lr, images, labels)
     equal, how = round(args.equal * args.batch_size), (args.tangent, args.derivative)
@@ -206,7 +208,7 @@ def start_from_flow(args, model: UNet) -> None:
         sys.exit(f"the flow in {args.flow} has --width {of_04['args']['width']}")
     gap = {name: weight for name, weight in model.state_dict().items() if "gap" in name}
     with common.one_line_error(f"{args.flow} does not hold a flow that fits"):
-        model.load_state_dict(of_04["networks"]["flow"] | gap)
+        model.load_state_dict(gap | of_04["networks"]["flow"])
     print(f"the flow of {args.flow}, which learned {of_04['args']['dataset']}")
 
 
@@ -228,11 +230,12 @@ def make_figures(args, meanflow: nn.Module) -> None:
 def draw_path(args, net, x0: Tensor) -> None:
     """Eight images on their way in 20 steps, and below them where one step from there ends."""
     path = []
-    meanflow_sample(net, x0[:8], 20, trace=lambda t, x: path.append((t, x)))
+    x1 = meanflow_sample(net, x0[:8], 20, trace=lambda t, x: path.append((t, x)))
     film = []
     for t, x in path:
-        both = torch.tensor([[t], [1.0]], device=x.device).expand(2, len(x))
-        film.append(torch.cat([x, x + (1 - t) * net(x, *both)]))
+        t_, r_ = (torch.full((len(x),), time, device=x.device) for time in (t, 1.0))
+        film.append(torch.cat([x, x + (1 - t) * net(x, t_, r_)]))
+    film.append(torch.cat([x1, x1]))
     common.save_gif(film, args.out_dir / "path.gif", columns=8)
 
 

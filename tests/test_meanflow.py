@@ -103,7 +103,7 @@ def test_a_network_trained_on_it_takes_one_step_to_the_data():
 
 
 def test_it_starts_as_the_flow(tmp_path):
-    args = meanflow.parse_args(options(tmp_path))
+    args = meanflow.parse_args(["--device", "cpu", "--out-dir", str(tmp_path)])
     model = meanflow.make_models(args)["meanflow"]
     meanflow.start_from_flow(args, model)
     of_04 = flow.parse_args(["--sample-only", "--device", "cpu", "--out-dir", str(tmp_path)])
@@ -113,9 +113,11 @@ def test_it_starts_as_the_flow(tmp_path):
 
 
 def test_another_width_and_an_unfinished_flow_are_refused(tmp_path):
-    args = meanflow.parse_args(options(tmp_path, "--width", "8"))
+    shipped = meanflow.FLOW_FILE
+    args = meanflow.parse_args(options(tmp_path, "--flow", str(shipped)))
     assert "--width 32" in one_line(meanflow.train, args)
-    state = common.load_checkpoint(args.flow, "04_rectified_flow")
+    state = common.load_checkpoint(shipped, "04_rectified_flow")
     torch.save(state | {"networks": {}}, tmp_path / "flow.pt")
-    args = meanflow.parse_args(options(tmp_path, "--flow", str(tmp_path / "flow.pt")))
+    more = ["--width", "32", "--flow", str(tmp_path / "flow.pt")]
+    args = meanflow.parse_args(options(tmp_path, *more))
     assert "flow.pt does not hold a flow" in one_line(meanflow.train, args)
