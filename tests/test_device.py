@@ -59,7 +59,6 @@ def load(path: Path) -> dict:
 @pytest.mark.parametrize("module", DRAWING)
 def test_each_script_trains_resumes_and_samples(module, cuda, tmp_path, capsys, monkeypatch):
     module.main(tiny(module, tmp_path))
-    monkeypatch.setattr(module, "draw_path", lambda *_: None)  # once is enough
     assert capsys.readouterr().out.splitlines()[0] == (
         f"{module.__name__} on cuda, weights: new")
     state = load(tmp_path / "checkpoint.pt")
@@ -68,10 +67,13 @@ def test_each_script_trains_resumes_and_samples(module, cuda, tmp_path, capsys, 
     sets = {path.name: load(path)["images"] for path in tmp_path.glob("eval_*.pt")}
     assert sets and all(images.device.type == "cpu" for images in sets.values())
 
-    module.main(tiny(module, tmp_path, "--resume", "--epochs", "2"))
+    with monkeypatch.context() as patch:  # figures once is enough
+        patch.setattr(module, "make_figures", lambda *_, **networks: None)
+        module.main(tiny(module, tmp_path, "--resume", "--epochs", "2"))
     state = load(tmp_path / "checkpoint.pt")
     for path in tmp_path.glob("eval_*.pt"):
         path.unlink()
+    monkeypatch.setattr(module, "draw_path", lambda *_: None)
     module.main(["--sample-only", "--device", "cuda", "--out-dir", str(tmp_path)])
     assert not list(tmp_path.glob("eval_*.pt"))  # only after a training, unless they are asked for
     assert load(tmp_path / "checkpoint.pt")["history"] == state["history"]
