@@ -26,11 +26,11 @@ S = 0.
 
     python 04_rectified_flow.py                 flow, pairs and reflow, for a GPU
 
-Measured by README's command for a CPU: Fréchet distance of 5,000 samples (real digits
-have 0.058), and S of 16 paths:
+Measured by README's commands: Fréchet distance of 5,000 samples (real digits have
+0.058), and S of 16 paths:
     Euler steps   1      2      5      10     S
-    flow          50.8   5.98   1.07   0.701  0.077
-    reflow        2.05   1.79   1.49   1.34   0.0025
+    flow          50.3   5.36   0.962  0.543  0.078
+    reflow        2.10   1.89   1.45   1.31    0.0032
 To the eye, one step of the reflow is like five of the flow. RESULTS.md says why it
 scores worse.
 """
