@@ -36,7 +36,7 @@ exactly the mean any more.
     python 06_meanflow.py                    from the flow in weights/, for a GPU
     python 06_meanflow.py --flow FILE        from the flow in a checkpoint of 04
 
-Measured: after 68,000 images (31 minutes of one core of an AMD EPYC), 1,000 samples have
+Measured: after 68,000 images (half an hour on one core of an AMD EPYC), 1,000 samples have
 a Fréchet distance of 6.04 with one step, 2.68 with two, 1.01 with five, 0.541 with ten;
 training digits have 0.155. The reflow of 04 is better with one step (2.10).
 """
