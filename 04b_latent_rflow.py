@@ -45,19 +45,18 @@ def parse_args(argv: list[str] | None = None):
     add("--steps", type=count, nargs="+", default=[1, 2, 5, 10, 100], help="of Euler's method")
     add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="density of t")
     add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="of the reflow")
-    add("--pairs", type=number(int, 0), default=60_000, help="pairs made from noise")
-    add("--real-pairs", type=number(int, 0), default=0, help="pairs from images (no gain here)")
+    add("--pairs", type=count, default=60_000, help="pairs of noise and latent to make")
     add("--pair-steps", type=count, default=20, help="Heun steps to make a pair")
     add("--reflow-epochs", type=count, default=10, help="passes over all the pairs")
     add("--reflow-lr", type=number(float, 1e-9), default=1e-3, help="peak learning rate there")
     tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
-            "width": 8, "steps": [1, 2, 5], "pairs": 256, "real_pairs": 128, "pair_steps": 3,
-            "reflow_epochs": 4, "eval_samples": 20}
+            "width": 8, "steps": [1, 2, 5], "eval_samples": 20, "pairs": 256,
+            "pair_steps": 3, "reflow_epochs": 4}
     args = common.parse(parser, argv, tiny)
     if args.vae == VAE_FILE and args.dataset not in ("mnist", "synthetic"):  # it knows digits
         args.vae = args.out_dir.parent / "02_latent_diffusion" / "checkpoint.pt"
-    if args.batch_size > args.pairs + args.real_pairs:
-        parser.error(f"--batch-size {args.batch_size}: more than all pairs")
+    if args.batch_size > args.pairs:
+        parser.error(f"--batch-size {args.batch_size}: more than --pairs {args.pairs}")
     return args
 
 
@@ -211,15 +210,18 @@ def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 
 @torch.no_grad()
-def heun_solve(model, x: Tensor, times: list[float]) -> Tensor:
-    """Heun's method from x (B, ...) at times[0] to times[-1]: try an Euler step, then step by
-    the mean of the velocities at both ends. Two calls a step, an error of O(1 / steps²).
+def heun_solve(model, x0: Tensor, steps: int) -> Tensor:
+    """As euler_sample, but with an error of O(1 / steps²), by Heun's method: try an Euler step,
+    then step by the mean of the velocities at both ends. The last step remains one of Euler,
+    as in Karras et al. 2022, Algorithm 1.
     """
-    for t, t_next in pairwise(times):
+    x = x0
+    for t, t_next in pairwise(even_times(steps)):
         v = model(x, torch.full((len(x),), t, device=x.device))
-        x_next = x + (t_next - t) * v
-        v_next = model(x_next, torch.full((len(x),), t_next, device=x.device))
-        x = x + (t_next - t) * (v + v_next) / 2
+        if t_next < 1:
+            x_next = x + (t_next - t) * v
+            v = (v + model(x_next, torch.full((len(x),), t_next, device=x.device))) / 2
+        x = x + (t_next - t) * v
     return x
 
 
@@ -230,15 +232,13 @@ def straightness(model, x0: Tensor, steps: int) -> float:
     return torch.stack([(x1 - x0 - v).square().mean() for v in velocities]).mean().item()
 
 
-def make_pairs(model, n: int, steps: int, rng, device="cpu", x1=None) -> tuple[Tensor, Tensor]:
+def make_pairs(model, n: int, steps: int, rng, device="cpu") -> tuple[Tensor, Tensor]:
     """n pairs (x0, x1), (n, 1, 8, 8) each: noise x0 drawn from `rng`, and where the flow
-    takes it; or, if x1 is given, x1 and where it comes from, by the same times in reverse.
+    takes it in Heun steps.
     """
-    start = torch.randn(n, 1, 8, 8, generator=rng).to(device) if x1 is None else x1
-    times = even_times(steps) if x1 is None else even_times(steps)[::-1]
-    parts = start.split(1000 if start.is_cuda else 100)
-    end = torch.cat([heun_solve(model, part, times) for part in parts])
-    return (start, end) if x1 is None else (end, start)
+    x0 = torch.randn(n, 1, 8, 8, generator=rng).to(device)
+    parts = x0.split(1000 if x0.is_cuda else 100)
+    return x0, torch.cat([heun_solve(model, part, steps) for part in parts])
 
 
 def train(args) -> dict[str, nn.Module]:
@@ -258,8 +258,7 @@ def train(args) -> dict[str, nn.Module]:
         u = torch.rand(len(x1), device=x1.device)
         stage.step(flow_loss(stage.model, x0, x1, T_DENSITIES[args.flow_t](u)))
     flow = stage.ema
-    latents = vae.to_latent(*data, torch.Generator(args.device).manual_seed(args.seed))
-    pairs = load_pairs(args, common.as_function(flow, args), folder, latents)
+    pairs = load_pairs(args, common.as_function(flow, args), folder)
     model, epochs = models["reflow"], args.reflow_epochs
     model.load_state_dict(flow.state_dict())  # a copy, which --resume replaces
     stage = common.Stage(args, "reflow", model, epochs, args.reflow_lr, *pairs)
@@ -282,19 +281,16 @@ def load_vae(args, vae: VAE) -> VAE:
     return common.load_networks(args.state | {"path": args.vae}, {"vae": vae})["vae"]
 
 
-def load_pairs(args, net, folder: Path, data: Tensor) -> tuple[Tensor, Tensor]:
+def load_pairs(args, net, folder: Path) -> tuple[Tensor, Tensor]:
     """All pairs, in half precision; each thousand is made once and kept in a file."""
     folder.mkdir(exist_ok=True)
-    sizes = {"noise": args.pairs, "real": min(args.real_pairs, len(data))}
-    chunks = [(kind, n, min(n + 1000, size)) for kind, size in sizes.items()
-              for n in range(0, size, 1000)]
     pairs = []
-    for kind, n, end in tqdm(chunks, "pairs, in thousands"):
-        path = folder / f"{kind}_{n}_to_{end}_by_{args.pair_steps}_steps_{args.seed}.pt"
+    for n in tqdm(range(0, args.pairs, 1000), "pairs, in thousands"):
+        end = min(n + 1000, args.pairs)
+        path = folder / f"{n}_to_{end}_by_{args.pair_steps}_steps_{args.seed}.pt"
         if not path.exists():
             rng = torch.Generator().manual_seed(args.seed + 1000 + n)  # not the figures' one
-            real = data[n:end] if kind == "real" else None
-            pair = make_pairs(net, end - n, args.pair_steps, rng, args.device, real)
+            pair = make_pairs(net, end - n, args.pair_steps, rng, args.device)
             common.save(path, {"x0": pair[0].half().cpu(), "x1": pair[1].half().cpu()})
         with common.one_line_error(f"{path} is broken: delete it, and --resume"):
             pairs.append(torch.load(path, map_location=args.device, weights_only=True))
