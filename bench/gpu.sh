@@ -71,9 +71,8 @@ stage machine "$python" bench/gpu_table.py --describe "$device"
 [ -e "$out/machine.seconds" ] || [ "$end" = 0 ] || exit 1 # no such device, or no such interpreter
 for script in ${SCRIPTS:-04_rectified_flow 06_meanflow 02_latent_diffusion 04b_latent_rflow \
     01_ddpm_ddim 03_cfg}; do
-    more=() vae=$out/02_latent_diffusion/checkpoint.pt flow=$out/04_rectified_flow/checkpoint.pt
+    more=() vae=$out/02_latent_diffusion/checkpoint.pt
     [ "$script" = 04b_latent_rflow ] && [ -e "$vae" ] && more=(--vae "$vae")
-    [ "$script" = 06_meanflow ] && [ -e "$flow" ] && more=(--flow "$flow")
     run "$script" "${more[@]}"
     if [ -e "$out/$script.seconds" ] && [ ! -e "$out/$script.tgz" ]; then
         "$python" bench/export_weights.py "$out/$script/checkpoint.pt" --to "$out/weights" &&

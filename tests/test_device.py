@@ -15,13 +15,13 @@ from scripts import DRAWING, ROOT, cfg, compare, ddpm, flow, latent, latent_flow
 import common
 
 STEPS = ["--timesteps", "4", "--ddim-steps", "2"]
-PAIRS = ["--pairs", "32", "--real-pairs", "32", "--pair-steps", "1", "--reflow-epochs", "1",
+PAIRS = ["--pairs", "64", "--pair-steps", "1", "--reflow-epochs", "1",
          "--steps", "1", "2"]
 MORE = {"01_ddpm_ddim": [*STEPS, "--ddim-sweep", "1"],
         "02_latent_diffusion": [*STEPS, "--vae-epochs", "1"],
         "03_cfg": [*STEPS, "--guidance", "3", "--guidance-sweep", "0"],
         "04_rectified_flow": PAIRS, "04b_latent_rflow": PAIRS, "05_compare": [],
-        "06_meanflow": ["--steps", "1", "2"]}
+        "06_meanflow": ["--steps", "1", "2", "--meanflow-epochs", "1"]}
 
 
 def tiny(module, folder: Path, *more: str) -> list[str]:

@@ -37,13 +37,14 @@ WRONG = {  # an option, whichever script has it: values that it must refuse
     "--vae-epochs": COUNT, "--vae-lr": RATE, "--kl-weight": ["-1", "nan", "inf", "x"],
     "--tokens": COUNT, "--label-dropout": ["-0.1", "1.1", "nan", "x"],
     "--guidance": ["-1", "nan", "inf", "x"], "--guidance-sweep": ["-1", "nan", "inf", "x"],
-    "--digits": ["x", "12a", "-3", ""], "--steps": COUNT, "--pairs": FROM_0,
-    "--real-pairs": FROM_0, "--pair-steps": COUNT, "--reflow-epochs": COUNT,
-    "--reflow-lr": RATE, "--flow-t": ["normal", ""], "--reflow-t": ["normal", ""],
+    "--digits": ["x", "12a", "-3", ""], "--steps": COUNT, "--pairs": COUNT,
+    "--pair-steps": COUNT, "--reflow-epochs": COUNT, "--reflow-lr": RATE,
+    "--meanflow-epochs": COUNT, "--meanflow-lr": RATE,
+    "--flow-t": ["normal", ""], "--reflow-t": ["normal", ""],
     "--equal": ["-0.1", "1.1", "nan", "x"], "--tangent": ["x", ""], "--derivative": ["x", ""],
 }
 SWITCHES = {"--help", "--resume", "--sample-only", "--no-graphs", "--fast-dev", "--train-judge"}
-FILES = {"--data-dir", "--out-dir", "--vae", "--flow", "--runs"}  # see below
+FILES = {"--data-dir", "--out-dir", "--vae", "--runs"}  # see below
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -98,7 +99,7 @@ def test_archives_that_are_folders(tmp_path):
 
 @pytest.mark.parametrize("module", [flow, latent_flow])
 def test_pairs_that_are_broken_are_named(module, tmp_path):
-    more = ["--epochs", "1", "--train-images", "16", "--pairs", "16", "--real-pairs", "0",
+    more = ["--epochs", "1", "--train-images", "16", "--pairs", "16",
             "--reflow-epochs", "1"]
     module.train(module.parse_args(options(tmp_path, *more)))
     file, = (tmp_path / "pairs").iterdir()

@@ -11,7 +11,6 @@ from scripts import (
     cfg,
     compare,
     ddpm,
-    flow,
     latent,
     latent_flow,
     meanflow,
@@ -162,16 +161,14 @@ def test_each_script_learns_samples_resumes_and_draws_a_folder(
         seen.append(str((rest[1:], named))), save_grid(*rest, **named)))
     common_options = ["--device", "cpu", "--batch-size", "8", "--dataset", "shapes", *TINY]
     more = OPTIONS.get(module, ["--steps", "1", "--pairs", "16", "--pair-steps", "1",
-                                "--reflow-epochs", "1", "--real-pairs", "0"])
+                                "--reflow-epochs", "1"])
     if module is latent_flow:
         vae = ["--vae-epochs", "1", *STEPS]
         assert "shapes/02_latent_diffusion/checkpoint.pt" in one_line(
             module.main, [*common_options, *more])
         latent.main([*common_options, *vae])
     if module is meanflow:
-        assert "shapes/04_rectified_flow/checkpoint.pt" in one_line(module.main, common_options)
-        flow.main([*common_options, *more])
-        more = ["--steps", "1"]
+        more = ["--steps", "1", "--meanflow-epochs", "1"]
     module.main([*common_options, *more])
     out = tmp_path / "runs" / "shapes" / module.__name__  # not where a run on MNIST would be
     state = torch.load(out / "checkpoint.pt", weights_only=True)
@@ -278,12 +275,3 @@ def test_printed_digits_as_pictures_are_the_same_digits(tmp_path):
     for image, label in zip(ours, classes):
         same = (images - image).abs().amax((1, 2, 3)) < 0.01
         assert labels[same].tolist() == [label]
-
-
-def test_there_are_at_most_as_many_real_pairs_as_images(tmp_path, untimed):
-    folder = write_folder(tmp_path / "shapes", 24)  # 61 of 72 for training
-    args = arguments(tmp_path / "out", folder, *TINY, "--pairs", "0", "--pair-steps", "1",
-                     "--reflow-epochs", "1", module=flow)
-    flow.train(args)
-    pairs = [torch.load(path, weights_only=True) for path in (tmp_path / "out/pairs").iterdir()]
-    assert [len(pair["x1"]) for pair in pairs] == [61]

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from scripts import flow, meanflow, one_line, options
+from scripts import flow, meanflow, options
 from torch import nn
-
-import common
 
 S = 0.3  # the data are N(0, S²), so all marginals are Gaussians, and the paths scale x
 
@@ -109,22 +107,23 @@ def test_a_network_trained_on_it_takes_one_step_to_the_data():
     assert (x1[far] - x0[far].sign()).abs().mean() > 0.8  # its step ends near the mean, 0
 
 
-def test_it_starts_as_the_flow(tmp_path):
-    args = meanflow.parse_args(["--device", "cpu", "--out-dir", str(tmp_path)])
-    model = meanflow.make_models(args)["meanflow"]
-    meanflow.start_from_flow(args, model)
-    of_04 = flow.parse_args(["--sample-only", "--device", "cpu", "--out-dir", str(tmp_path)])
-    old = common.load_networks(of_04.state, flow.make_models(of_04))["flow"]
+def test_it_starts_as_the_flow_and_a_longer_flow_makes_it_begin_again(tmp_path):
+    """Without r the network is a flow; before its training, r makes no difference."""
+    typed = options(tmp_path, "--train-images", "64", "--epochs", "1", "--batch-size", "16",
+                    "--meanflow-epochs", "1", "--meanflow-lr", "1e-9")
+    made = meanflow.train(meanflow.parse_args(typed))
     x, t, r = torch.randn(3, 1, 28, 28), torch.rand(3), torch.ones(3)
-    torch.testing.assert_close(model(x, t, r), old(x, t))
+    with torch.no_grad():
+        torch.testing.assert_close(made["meanflow"](x, t, r), made["flow"](x, t), atol=1e-4, rtol=0)
+    more = ["--resume", "--epochs", "2", "--device", "cpu", "--out-dir", str(tmp_path)]
+    meanflow.train(meanflow.parse_args(more))
+    history = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["history"]
+    stages = [(epoch["stage"], epoch["epoch"]) for epoch in history]
+    assert stages == [("flow", 1), ("meanflow", 1), ("flow", 2), ("meanflow", 1)]
 
 
-def test_another_width_and_an_unfinished_flow_are_refused(tmp_path):
-    shipped = meanflow.FLOW_FILE
-    args = meanflow.parse_args(options(tmp_path, "--flow", str(shipped)))
-    assert "--width 32" in one_line(meanflow.train, args)
-    state = common.load_checkpoint(shipped, "04_rectified_flow")
-    torch.save(state | {"networks": {}}, tmp_path / "flow.pt")
-    more = ["--width", "32", "--flow", str(tmp_path / "flow.pt")]
-    args = meanflow.parse_args(options(tmp_path, *more))
-    assert "flow.pt does not hold a flow" in one_line(meanflow.train, args)
+def test_the_flow_of_06_is_that_of_04_but_for_its_output():
+    """Same layers, and same weights by name; 06 has those of the gap in addition."""
+    ours, theirs = meanflow.UNet(8).state_dict(), flow.UNet(8, t_max=1).state_dict()
+    assert {name for name in ours if "gap" not in name} == theirs.keys()
+    assert all(ours[name].shape == weight.shape for name, weight in theirs.items())

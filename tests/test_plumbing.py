@@ -275,8 +275,7 @@ def test_bad_options_are_usage_errors(module, typed, message, monkeypatch, tmp_p
         ("--steps 0", "--steps: 0"),
         ("--steps 1 2 -5", "--steps"),
         ("--pairs -1", "--pairs"),
-        ("--pairs 0 --real-pairs 0", "--batch-size 128"),
-        ("--pairs 100 --real-pairs 27", "--batch-size 128"),
+        ("--pairs 127", "--batch-size 128"),
         ("--pair-steps 0", "--pair-steps: 0"),
         ("--flow-t gaussian", "invalid choice: 'gaussian'"),
         ("--reflow-lr -1", "--reflow-lr"),
@@ -298,8 +297,7 @@ def test_bad_options_of_each_script_are_usage_errors(module, typed, message, tmp
     (cfg, "--label-dropout 0", "label_dropout", 0),
     (cfg, "--label-dropout 1", "label_dropout", 1),
     (cfg, "--digits 0123456789", "digits", "0123456789"),
-    (flow, "--real-pairs 0", "real_pairs", 0),
-    (flow, "--pairs 0", "pairs", 0),
+    (flow, "--pairs 128", "pairs", 128),
 ])
 def test_values_at_the_edge_are_accepted(module, typed, name, value, tmp_path):
     args = module.parse_args(["--device", "cpu", *typed.split()])
@@ -561,12 +559,12 @@ def test_a_file_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------- resume, bit by bit
 
 TINY = ["--train-images", "64", "--epochs", "2", "--batch-size", "16"]
-PAIRS = ["--pairs", "64", "--real-pairs", "32", "--reflow-epochs", "2"]
+PAIRS = ["--pairs", "96", "--reflow-epochs", "2"]
 TINY_OF = {ddpm: [], cfg: [], latent: ["--vae-epochs", "2"], compare: [], flow: PAIRS,
-           latent_flow: PAIRS, meanflow: []}
+           latent_flow: PAIRS, meanflow: ["--meanflow-epochs", "2"]}
 STAGES = {ddpm: ["diffusion"], cfg: ["diffusion"], latent: ["vae", "diffusion"],
           flow: ["flow", "reflow"], latent_flow: ["flow", "reflow"], compare: ["judge"],
-          meanflow: ["meanflow"]}
+          meanflow: ["flow", "meanflow"]}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -634,9 +632,9 @@ def test_a_reflow_starts_from_the_flow_and_learns_from_its_pairs(module, tmp_pat
         networks = module.train(args)
     start, trained = (networks[name].state_dict() for name in ("flow", "reflow"))
     torch.testing.assert_close(start, trained, rtol=0, atol=1e-6)  # with hardly any learning rate
-    pairs = torch.load(next((tmp_path / "pairs").glob("noise*")), weights_only=True)
+    pairs = torch.load(next((tmp_path / "pairs").glob("*.pt")), weights_only=True)
     net = common.as_function(networks["flow"], args)
-    ends = module.heun_solve(net, pairs["x0"].float(), [0, 1 / 3, 2 / 3, 1])
+    ends = module.heun_solve(net, pairs["x0"].float(), 3)
     assert torch.allclose(ends, pairs["x1"].float(), atol=0.01)
     assert not torch.allclose(ends, pairs["x0"].float(), atol=0.1)  # it does move
     monkeypatch.delattr(module, "make_pairs")  # for --resume uses those that are there
