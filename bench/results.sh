@@ -4,6 +4,7 @@
 #
 #     bash bench/results.sh                  sets of 5,000: hours on a CPU
 #     SAMPLES=1000 bash bench/results.sh     sets of 1,000
+#     DEVICE=cuda bash bench/results.sh      on a GPU (we expect five minutes on a large one)
 #     bash bench/results.sh --dry-run DIR    in miniature
 #
 # A script that is done is not repeated: after a stop, call it again. Everything is in runs/results
@@ -13,7 +14,8 @@
 # Needs MNIST in data/, or a way to download it. PYTHON=... names another interpreter.
 set -eu
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python} samples=${SAMPLES:-5000} few=1000 out=runs/results
+python=${PYTHON:-python} device=${DEVICE:-cpu} samples=${SAMPLES:-5000} few=1000
+out=runs/results
 declare -A small
 if [ "${1-}" = --dry-run ]; then
     out=${2:?a folder for the results} samples=10 few=5
@@ -39,11 +41,11 @@ stage() { # its name, then its command; what it prints goes to NAME.txt
 
 for script in 01_ddpm_ddim 02_latent_diffusion 03_cfg 04_rectified_flow 04b_latent_rflow \
     06_meanflow; do
-    stage $script "$python" $script.py --sample-only --device cpu --eval-samples "$samples" \
+    stage $script "$python" $script.py --sample-only --device "$device" --eval-samples "$samples" \
         --out-dir "$out/$script" ${small[$script]-}
 done
 for n in "$samples" "$few"; do
-    stage "05_compare_$n" "$python" 05_compare.py --device cpu --runs "$out" --eval-samples "$n" \
+    stage "05_compare_$n" "$python" 05_compare.py --device "$device" --runs "$out" --eval-samples "$n" \
         --out-dir "$out/05_compare_$n" ${small[05_compare]-}
 done
 cat "$out/05_compare_$samples/comparison.md" "$out/05_compare_$few/comparison.md" >"$out/results.md"
