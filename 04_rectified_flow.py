@@ -91,12 +91,12 @@ MIN_LEFT = 0.05  # in training, a velocity never divides by less (Li & He 2025)
 
 
 class UNet(nn.Module):
-    """x_t (B, 1, H, W), H and W multiples of 4, and t (B,) from 0 to t_max -> v (B, 1, H, W)."""
+    """x_t (B, 1, H, W), H and W multiples of 4, and t (B,) from 0 to 1 -> v (B, 1, H, W)."""
 
-    def __init__(self, width: int, t_max: float):
+    def __init__(self, width: int):
         super().__init__()
         c1, c2, c3, c_time = width, 2 * width, 4 * width, 4 * width
-        self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
+        self.c_time = c_time
         self.time = nn.Sequential(
             nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time), nn.SiLU()
         )
@@ -119,7 +119,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)  # a fresh network predicts a constant
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))
+        emb = self.time(common.timestep_embedding(t * 1000, self.c_time))
         h0 = self.down0(self.conv_in(x), emb)  # (B, c1, H, W)
         h1 = self.down1_attention(self.down1(self.down0_to_1(h0), emb))  # (B, c2, H/2, W/2)
         h = self.mid1(self.down1_to_mid(h1), emb)  # (B, c3, H/4, W/4)
@@ -134,7 +134,7 @@ class UNet(nn.Module):
 
 
 def make_models(args) -> dict[str, nn.Module]:
-    return {name: UNet(args.width, t_max=1).to(args.device, memory_format=torch.channels_last)
+    return {name: UNet(args.width).to(args.device, memory_format=torch.channels_last)
             for name in ("flow", "reflow")}
 
 

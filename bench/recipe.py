@@ -100,12 +100,12 @@ def main() -> None:
     torch.manual_seed(mine.seed)
     t_max = 1000 if script == "01" else 1
     channels = [int(c) for c in values["net"].split("/")] if "net" in values else []
-    net = Net(t_max, *channels) if channels else module.UNet(32, t_max)
+    net = Net(t_max, *channels) if channels else ddpm.UNet(32, t_max)  # 04 has the same layers
     net = net.to(memory_format=torch.channels_last)
     density = rflow.T_DENSITIES[values.get("t", "uniform" if script == "01" else "logit-normal")]
 
     def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """04's velocity."""
+        """The velocity, which is the output of the network, or made from it."""
         out, t = net(x, t), t.view(-1, 1, 1, 1)
         if "x" in changes:  # so that the last Euler step returns `out`
             return (out - x) / (1 - t).clamp(min=0.01)
@@ -130,7 +130,8 @@ def main() -> None:
         if script == "04":
             x0 = torch.randn(x.shape, generator=rng)
             t = density(torch.rand(len(x), generator=rng))
-            return rflow.flow_loss(model, x0, x, t)
+            t_ = t.view(-1, 1, 1, 1)
+            return F.mse_loss(model((1 - t_) * x0 + t_ * x, t), x - x0)
         t = (density(torch.rand(len(x), generator=rng)) * 1000).long()
         noise = torch.randn(x.shape, generator=rng)
         cos, sin = (table[t].view(-1, 1, 1, 1) for table in schedule[3:])

@@ -518,7 +518,7 @@ def test_heun_calls_the_network_at_both_ends_of_each_step_but_the_last():
 def test_the_velocity_of_04_leads_to_the_image_that_the_network_draws():
     """Whatever x_t is: with the same image at all times, all samplers end in it."""
     torch.manual_seed(0)
-    model = flow.UNet(8, t_max=1).eval()  # conv_out is 0 but for its bias: one grey everywhere
+    model = flow.UNet(8).eval()  # conv_out is 0 but for its bias: one grey everywhere
     x0 = torch.randn(5, 1, 28, 28)
     image = model.conv_out.bias.expand_as(x0)
     for steps in (1, 3, 100):

@@ -124,6 +124,6 @@ def test_it_starts_as_the_flow_and_a_longer_flow_makes_it_begin_again(tmp_path):
 
 def test_the_flow_of_06_is_that_of_04_but_for_its_output():
     """Same layers, and same weights by name; 06 has those of the gap in addition."""
-    ours, theirs = meanflow.UNet(8).state_dict(), flow.UNet(8, t_max=1).state_dict()
+    ours, theirs = meanflow.UNet(8).state_dict(), flow.UNet(8).state_dict()
     assert {name for name in ours if "gap" not in name} == theirs.keys()
     assert all(ours[name].shape == weight.shape for name, weight in theirs.items())
