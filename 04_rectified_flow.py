@@ -3,42 +3,44 @@
 CAREFUL: x_0 was the image in 01. Here x_0 is the NOISE, and x_1 is the image.
 
 Pair every image with a noise and draw a straight line between them. A network learns
-the direction of the lines at each point; where lines cross, it learns their average. To
-sample, follow these directions from a new noise. The path bends, so this takes many
-small steps. Reflow makes straight paths: pair many noises with the image at the end of
-their path, and train a copy of the network on these pairs. Two paths never cross, so the
-lines of these pairs hardly do, and one step gets near the end.
+the velocity of the lines, x_1 - x_0, at each point and time; where lines cross, it learns
+their mean. To sample, follow this velocity from a new noise. The path bends, so this takes
+many small steps. Reflow makes the paths straighter: pair each of many noises with the image
+at the end of its path, and train a copy of the network on these pairs. Two paths never
+meet, since each point and time has one velocity, and so the lines of these pairs hardly
+cross. Then one step gets near the end.
 
     x_t    = (1-t) x_0 + t x_1                                    Liu et al. 2022, section 2.1
     loss   = E ‖(x_1 - x_0) - v_θ(x_t, t)‖², t by --flow-t        Liu, Eq. 1, with uniform t
-    v_θ    = (x̂_1 - x_t) / (1-t), x̂_1 the network's output        Li & He 2025, "x-prediction"
+    v_θ    = (x̂_1 - x_t) / (1-t), x̂_1 from the last layer         Li & He 2025, "x-prediction"
     Euler:   z_{t+1/N} = z_t + v_θ(z_t, t) / N from z_0 = x_0     Liu: the path to an image z_1
-    reflow:  E ‖(z_1 - z_0) - v_θ((1-t) z_0 + t z_1, t)‖₁         Liu, section 2.1, with ‖...‖²
-    S      = E ‖(z_1 - z_0) - v_θ(z_t, t)‖² / 784 on the path     Liu, without the / 784
+    reflow:  E ‖(z_1 - z_0) - v_θ((1-t) z_0 + t z_1, t)‖₁         Liu, section 2.1, has ‖...‖²
+    S      = E ‖(z_1 - z_0) - v_θ(z_t, t)‖² on the path           Liu; 0 if straight and even
 
     paper           code                      shape
     x_0, z_0        x0, noise                 (B, 1, 28, 28)
     x_1, z_1        x1, images                (B, 1, 28, 28) in [-1, 1]
     t               t                         (B,) from 0, noise, to 1, data: the reverse of 01
+    x̂_1             image, in UNet.forward    (B, 1, 28, 28)
     v_θ(x_t, t)     v = model(x_t, t)         (B, 1, 28, 28)
 
-Lines between random pairs cross, so the loss never gets to 0. If the paths are straight,
-S = 0.
+The code takes means over pixels. Lines between random pairs cross, so the loss never gets
+to 0.
 
 Why does the network draw an image, and not v itself? A step has to remove noise. For that
-v must contain the noise, pixel by pixel, and what a network copies is never exact: a grey
-residue stayed in the black. Now the last step, z_t + (1-t) v_θ, is x̂_1 itself, and black
-is easy to draw. One step after the reflow, the Fréchet distance fell from 1.71 to 0.917
-(RESULTS.md).
+v must contain the noise, pixel by pixel, and a network does not copy exactly: some grey
+stayed in the black. Now the last step, z_t + (1-t) v_θ, is x̂_1 itself, and black is easy
+to draw. In a shorter training than below, one step after the reflow had a Fréchet distance
+of 0.917, and of 1.71 with v from the last layer (RESULTS.md).
 
     python 04_rectified_flow.py                 flow, pairs and reflow, for a GPU
 
 This command gave these Fréchet distances of 5,000 samples (real digits have 0.058), and
-S of 16 paths:
+S of 16 paths in 100 steps:
     Euler steps   1      2      5      10     100    S
     flow          53.2   7.82   1.12   0.598  0.313  0.081
     reflow        0.740  0.662  0.584  0.540  0.484  0.0023
-So one step after the reflow is better than five before it, as the report says.
+So one step after the reflow is better than five before it.
 """
 
 import math
@@ -59,9 +61,9 @@ def parse_args(argv: list[str] | None = None):
     parser = common.make_parser(__file__, "Rectified flow.", epochs=10, batch_size=128, lr=2e-3)
     add, count = parser.add_argument, number(int, 1)
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
-    add("--steps", type=count, nargs="+", default=[1, 2, 5, 10, 100], help="of Euler's method")
-    add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="density of t")
-    add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="of the reflow")
+    add("--steps", type=count, nargs="+", default=[1, 2, 5, 10, 100], help="numbers of Euler steps")
+    add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="density of t in the flow")
+    add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="... in the reflow")
     add("--pairs", type=count, default=120_000, help="pairs of noise and image to make")
     add("--pair-steps", type=count, default=10, help="Heun steps to make a pair")
     add("--reflow-epochs", type=count, default=10, help="passes over all the pairs")
@@ -79,7 +81,7 @@ T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative 
     "uniform": lambda u: u,
     # most t near the middle: Esser et al. 2024, Eq. 19, with m = 0, s = 1
     "logit-normal": lambda u: (2**0.5 * torch.erfinv(2 * u - 1)).sigmoid(),
-    # most t near the ends, ∝ cosh(a (2t - 1)) with a = 4: Lee et al. 2024 (in code: a = 2)
+    # most t near the ends, ∝ cosh(a (2t - 1)) with a = 4: Lee et al. 2024 (their code: a = 2)
     "u-shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(4)) / 8,
     # a random half of all t is 0, where a sampler of one step asks; the others are u-shaped
     "half-at-0": lambda u: T_DENSITIES["u-shaped"]((2 * u - 1).clamp(min=0)),
@@ -87,7 +89,7 @@ T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative 
 }
 
 
-MIN_LEFT = 0.05  # in training, a velocity never divides by less (Li & He 2025)
+TIME_LEFT = 0.05  # in training, v is divided by 1 - t or, if that is less, by this (Li & He)
 
 
 class UNet(nn.Module):
@@ -116,7 +118,7 @@ class UNet(nn.Module):
         self.up1 = ResBlock(2 * c1, c1, c_time)
         self.norm_out = nn.GroupNorm(8, c1)
         self.conv_out = nn.Conv2d(c1, 1, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)  # a fresh network predicts a constant
+        nn.init.zeros_(self.conv_out.weight)  # a fresh network draws an even grey
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         emb = self.time(common.timestep_embedding(t * 1000, self.c_time))
@@ -128,9 +130,9 @@ class UNet(nn.Module):
         h = self.up0_attention(self.up0(torch.cat([h, h1], dim=1), emb))
         h = self.up0_to_1(F.interpolate(h, scale_factor=2.0))  # (B, c1, H, W)
         h = self.up1(torch.cat([h, h0], dim=1), emb)
-        image = self.conv_out(F.silu(self.norm_out(h)))  # vs 01: x̂_1, not the velocity
-        left = (1 - t).clamp(min=MIN_LEFT if self.training else 0)
-        return (image - x) / left.view(-1, 1, 1, 1)  # to be there at t = 1; x = x_t
+        image = self.conv_out(F.silu(self.norm_out(h)))  # vs 01: not returned as it is
+        left = (1 - t).clamp(min=TIME_LEFT if self.training else 0)  # samplers ask before t = 1
+        return (image - x) / left.view(-1, 1, 1, 1)  # the v that takes x to the image by t = 1
 
 
 def make_models(args) -> dict[str, nn.Module]:
@@ -139,14 +141,14 @@ def make_models(args) -> dict[str, nn.Module]:
 
 
 def flow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, error=F.mse_loss) -> Tensor:
-    """Liu et al. 2022, Eq. 1: the mean squared error of v on the line from x0 to x1.
+    """The error of v on the line from x0 to x1: Liu et al. 2022, Eq. 1.
 
     x0, noise, and x1, data: (B, ...); t: (B,) in [0, 1]. The squared error makes v the mean
     where lines cross. Those of a reflow hardly cross; there F.l1_loss gave better images.
     """
     t_ = t.view(-1, *[1] * (x0.dim() - 1))
     x_t = (1 - t_) * x0 + t_ * x1
-    v = (x1 - x_t) / (1 - t_).clamp(min=MIN_LEFT)  # x1 - x0, but less after t = 0.95, as in UNet
+    v = (x1 - x_t) / (1 - t_).clamp(min=TIME_LEFT)  # x1 - x0; after 0.95 divided as in UNet
     return error(model(x_t, t), v)
 
 
@@ -170,9 +172,9 @@ def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 @torch.no_grad()
 def heun_solve(model, x0: Tensor, steps: int) -> Tensor:
-    """As euler_sample, but with an error of O(1 / steps²), by Heun's method: try an Euler step,
-    then step by the mean of the velocities at both ends. The last step remains one of Euler,
-    as in Karras et al. 2022, Algorithm 1.
+    """As euler_sample, but more exact, with an error of O(1 / steps²) for smooth v, by Heun's
+    method: try an Euler step, then step by the mean of the velocities at both ends. The last
+    step is Euler's, for v may have no value at t = 1 (as in Karras et al. 2022, Algorithm 1).
     """
     x = x0
     for t, t_next in pairwise(even_times(steps)):
@@ -226,15 +228,15 @@ def train(args) -> dict[str, nn.Module]:
 
 
 def load_pairs(args, net, folder: Path) -> tuple[Tensor, Tensor]:
-    """All pairs, in half precision; each thousand is made once and kept in a file."""
+    """All pairs, in half precision; each thousand is kept in a file, for --resume."""
     folder.mkdir(exist_ok=True)
     pairs = []
-    for n in tqdm(range(0, args.pairs, 1000), "pairs, in thousands"):
-        end = min(n + 1000, args.pairs)
-        path = folder / f"{n}_to_{end}_by_{args.pair_steps}_steps_{args.seed}.pt"
+    for start in tqdm(range(0, args.pairs, 1000), "pairs, in thousands"):
+        end = min(start + 1000, args.pairs)
+        path = folder / f"{start}_to_{end}_by_{args.pair_steps}_steps_{args.seed}.pt"
         if not path.exists():
-            rng = torch.Generator().manual_seed(args.seed + 1000 + n)  # not the figures' one
-            pair = make_pairs(net, end - n, args.pair_steps, rng, args.device)
+            rng = torch.Generator().manual_seed(args.seed + 1000 + start)  # not the figures' noise
+            pair = make_pairs(net, end - start, args.pair_steps, rng, args.device)
             common.save(path, {"x0": pair[0].half().cpu(), "x1": pair[1].half().cpu()})
         with common.one_line_error(f"{path} is broken: delete it, and --resume"):
             pairs.append(torch.load(path, map_location=args.device, weights_only=True))
@@ -262,19 +264,19 @@ def make_figures(args, flow: nn.Module, reflow: nn.Module) -> None:
 
 def draw_path(args, nets: dict, x0: Tensor) -> None:
     """Paths before and after the reflow: two digits as stills, eight as a film."""
-    paths = {name: [] for name in nets}  # (t, x_t, where v aims at t = 1) at every step
+    paths = {name: [] for name in nets}  # (x_t, x̂_1) at each of 31 times
     for name, net in nets.items():
-        keep = lambda t, x, v, name=name: paths[name].append((t, x, x + (1 - t) * v))
+        keep = lambda t, x, v, name=name: paths[name].append((x, x + (1 - t) * v))
         x1 = euler_sample(net, x0, 30, trace=keep)
-        paths[name].append((1.0, x1, x1))
+        paths[name].append((x1, x1))
     images = [state[k][i] for i in range(2) for path in paths.values()
-              for k in (1, 2) for state in path[::3]]
-    title = "On the path: x_t, and below it where its velocity aims, x_t + (1-t) v"
-    rows = [f"{name}: {what}" for name in nets for what in ("x_t", "aim")] * 2
+              for k in (0, 1) for state in path[::3]]
+    title = "On the path: x_t, and below it the image that the network draws, x̂₁"
+    rows = [f"{name}: {what}" for name in nets for what in ("x_t", "x̂₁")] * 2
     below = [f"t={i / 10:.1f}" for i in range(11)]
     file = args.out_dir / "samples_path.png"
     common.save_grid(torch.stack(images), file, title, 11, rows, below)
-    film = [torch.cat([x[:8] for _, x, _ in states]) for states in zip(*paths.values())]
+    film = [torch.cat([x[:8] for x, _ in states]) for states in zip(*paths.values())]
     common.save_gif(film[::2], args.out_dir / "path.gif", columns=8)
 
 

@@ -42,9 +42,9 @@ def parse_args(argv: list[str] | None = None):
     add, count = parser.add_argument, number(int, 1)
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
     add("--vae", type=Path, metavar="FILE", default=VAE_FILE, help="checkpoint or weights of 02")
-    add("--steps", type=count, nargs="+", default=[1, 2, 5, 10, 100], help="of Euler's method")
-    add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="density of t")
-    add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="of the reflow")
+    add("--steps", type=count, nargs="+", default=[1, 2, 5, 10, 100], help="numbers of Euler steps")
+    add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="density of t in the flow")
+    add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="... in the reflow")
     add("--pairs", type=count, default=60_000, help="pairs of noise and latent to make")
     add("--pair-steps", type=count, default=20, help="Heun steps to make a pair")
     add("--reflow-epochs", type=count, default=10, help="passes over all the pairs")
@@ -64,7 +64,7 @@ T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative 
     "uniform": lambda u: u,
     # most t near the middle: Esser et al. 2024, Eq. 19, with m = 0, s = 1
     "logit-normal": lambda u: (2**0.5 * torch.erfinv(2 * u - 1)).sigmoid(),
-    # most t near the ends, ∝ cosh(a (2t - 1)) with a = 4: Lee et al. 2024 (in code: a = 2)
+    # most t near the ends, ∝ cosh(a (2t - 1)) with a = 4: Lee et al. 2024 (their code: a = 2)
     "u-shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(4)) / 8,
     # a random half of all t is 0, where a sampler of one step asks; the others are u-shaped
     "half-at-0": lambda u: T_DENSITIES["u-shaped"]((2 * u - 1).clamp(min=0)),
@@ -211,9 +211,9 @@ def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 @torch.no_grad()
 def heun_solve(model, x0: Tensor, steps: int) -> Tensor:
-    """As euler_sample, but with an error of O(1 / steps²), by Heun's method: try an Euler step,
-    then step by the mean of the velocities at both ends. The last step remains one of Euler,
-    as in Karras et al. 2022, Algorithm 1.
+    """As euler_sample, but more exact, with an error of O(1 / steps²) for smooth v, by Heun's
+    method: try an Euler step, then step by the mean of the velocities at both ends. The last
+    step is Euler's, for v may have no value at t = 1 (as in Karras et al. 2022, Algorithm 1).
     """
     x = x0
     for t, t_next in pairwise(even_times(steps)):
@@ -282,15 +282,15 @@ def load_vae(args, vae: VAE) -> VAE:
 
 
 def load_pairs(args, net, folder: Path) -> tuple[Tensor, Tensor]:
-    """All pairs, in half precision; each thousand is made once and kept in a file."""
+    """All pairs, in half precision; each thousand is kept in a file, for --resume."""
     folder.mkdir(exist_ok=True)
     pairs = []
-    for n in tqdm(range(0, args.pairs, 1000), "pairs, in thousands"):
-        end = min(n + 1000, args.pairs)
-        path = folder / f"{n}_to_{end}_by_{args.pair_steps}_steps_{args.seed}.pt"
+    for start in tqdm(range(0, args.pairs, 1000), "pairs, in thousands"):
+        end = min(start + 1000, args.pairs)
+        path = folder / f"{start}_to_{end}_by_{args.pair_steps}_steps_{args.seed}.pt"
         if not path.exists():
-            rng = torch.Generator().manual_seed(args.seed + 1000 + n)  # not the figures' one
-            pair = make_pairs(net, end - n, args.pair_steps, rng, args.device)
+            rng = torch.Generator().manual_seed(args.seed + 1000 + start)  # not the figures' noise
+            pair = make_pairs(net, end - start, args.pair_steps, rng, args.device)
             common.save(path, {"x0": pair[0].half().cpu(), "x1": pair[1].half().cpu()})
         with common.one_line_error(f"{path} is broken: delete it, and --resume"):
             pairs.append(torch.load(path, map_location=args.device, weights_only=True))

@@ -49,7 +49,7 @@ def main() -> None:
         losses = []
         for i in range(10):
             t = ((i + torch.rand(len(x), generator=rng)) / 10).to(args.device)
-            t = t.clamp(max=1 - rflow.MIN_LEFT)  # in training, velocities shrink after that
+            t = t.clamp(max=1 - rflow.TIME_LEFT)  # in training, velocities shrink after that
             x0, x1 = x0.to(args.device), x1.to(args.device)
             losses.append(rflow.flow_loss(models[name], x0, x1, t).item())
         print(line, [round(loss, 4) for loss in losses], sum(losses) / 10)
