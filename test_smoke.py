@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -255,42 +254,3 @@ def test_05_reports_on_the_runs_there_are(fast_dev, tmp_path):
         check_picture(results / f"{name}.png")
     epochs = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
     assert epochs[-1]["loss"] < epochs[0]["loss"]
-
-
-def test_the_script_for_a_gpu_runs_in_miniature_and_repeats_nothing(tmp_path):
-    scripts = ["04b_latent_rflow", "01_ddpm_ddim"]
-
-    def call(status: int, minutes: str = "600") -> list[str]:
-        settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MINUTES": minutes,
-                    "SCRIPTS": " ".join(scripts)}
-        done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--dry-run", tmp_path], check=False,
-                              env=os.environ | settings, capture_output=True, text=True,
-                              timeout=FOREVER)
-        assert done.returncode == status, done.stdout + done.stderr
-        return done.stdout.splitlines()
-
-    assert call(1, minutes="0")[-1].startswith("not done: machine 04b_latent_rflow")
-    stages = {path.stem for path in tmp_path.glob("*.log")}
-    assert not stages
-    printed = call(0)
-    assert printed[-1] == f"all is done: {tmp_path}/results.md"
-    stages = [line.split(":")[0] for line in printed if ": " in line][:-1]
-    assert {*scripts, "machine", "graphs", "no_graphs", "speed_ups", "05_compare"} <= {*stages}
-    assert len([line for line in printed if "done in" in line]) + 1 >= len(stages)
-    text = (tmp_path / "results.md").read_text()
-    for found in (*scripts, "DDIM, 2 steps", "Fréchet distance", "40 epochs of training", "eager"):
-        assert found in text
-    weights = {path.stem for path in (tmp_path / "weights").iterdir()}
-    assert weights == {*scripts}
-    for script in scripts:
-        with tarfile.open(tmp_path / f"{script}.tgz") as file:
-            names = file.getnames()
-        assert {f"weights/{script}.pt", f"{script}/samples.png", f"{script}/metrics.jsonl"} <= {
-            *names} and not [name for name in names if "eval_" in name or "checkpoint" in name]
-
-    (tmp_path / "04b_latent_rflow.seconds").unlink()  # as if it had been cut off
-    again = call(0)
-    assert [line.split(":")[0] for line in again if "--device" in line] == ["04b_latent_rflow"]
-    assert "--resume" in again[0]
-    log = (tmp_path / "04b_latent_rflow.log").read_text()
-    assert f"weights: {tmp_path}/04b_latent_rflow/checkpoint.pt" in log

@@ -1,6 +1,7 @@
 """What all tests here share: where the scripts are, one thread, and no way into the network."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +25,29 @@ def no_network_no_leftovers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+GPU_SCRIPTS = ["04b_latent_rflow", "01_ddpm_ddim"]
+
+
+def gpu_script(folder: Path, minutes: str = "600") -> subprocess.Popen:
+    """bench/gpu.sh in miniature, with two scripts."""
+    settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MINUTES": minutes,
+                "SCRIPTS": " ".join(GPU_SCRIPTS)}
+    return subprocess.Popen(["bash", ROOT / "bench/gpu.sh", "--dry-run", folder], text=True,
+                            env=os.environ | settings, stdout=subprocess.PIPE)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def first_gpu_run(request, tmp_path_factory):
+    """It takes minutes, so it starts before the tests, on another core, if one will want it."""
+    if not any(item.path.stem == "test_whole_runs" for item in request.session.items):
+        yield
+        return
+    folder = tmp_path_factory.mktemp("gpu")
+    process = gpu_script(folder)
+    yield folder, process
+    process.kill()
 
 
 @pytest.fixture
