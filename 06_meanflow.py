@@ -3,11 +3,12 @@
 04 takes one step only after a reflow: it makes pairs of noise and image, and trains on
 these. MeanFlow learns one step from images alone. Its network does not predict the
 velocity at a point of the path, but the average velocity u from there to a later time r.
-Then one step of u from t = 0 to r = 1 reaches the image, however much the path bends. A
-pair of noise and image shows only a velocity; to average, we would have to follow a path.
-But u obeys a law at each point, which needs only the velocity there and how u changes.
+Then one step of u from t = 0 to r = 1 reaches the image, however much the path bends. One
+pair of noise and image gives one noisy sample of v at one point. To average v, we would
+have to follow the path, in many steps. But u obeys a law at each point, with only v there
+and the change of u.
 
-    u(x_t, t, r) = 1/(r-t) ∫ v(x_s, s) ds, s = t ... r     Geng et al. 2025
+    u(x_t, t, r) = 1/(r-t) ∫ v(x_s, s) ds, s = t ... r     Geng et al. 2025; dx_s = v ds
     u(x_t, t, t) = v(x_t, t), the velocity of 04           the limit r → t
     law:   u = v + (r-t) du/dt                             Geng et al., with our direction of time
            du/dt = ∂u/∂x · v + ∂u/∂t, r fixed              the chain rule
@@ -21,29 +22,33 @@ But u obeys a law at each point, which needs only the velocity there and how u c
     du/dt           du_dt                     (B, 1, 28, 28), along the path
 
 Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate both sides by t
-along the path. As t is the lower end of the integral, -u + (r-t) du/dt = -v. In the loss,
-x_1 - x_0 stands for v, which is its mean. In du/dt it would bring much noise, so there v
-is what the network predicts, u_θ(x_t, t, t): after three epochs, one step scored 2.90 in
-place of 4.94 (Fréchet distance).
+along the path. As t is the lower end of the integral, -u + (r-t) du/dt = -v.
 
-First we train a flow, as in 04. A copy of it then gets a second time, r - t, which at
-first adds nothing, and learns u. For half of the images r = t: there the target is that of
-the flow. (04's own flow does not fit: from a network that predicts the image instead of
-the velocity, this training did not go well. RESULTS.md has the figures.)
+v is the mean of x_1 - x_0 at x_t, so x_1 - x_0 may stand for v in the loss. In du/dt it
+does so in Geng et al. 2025, but is multiplied by ∂u/∂x, and its noise becomes large. There
+we take the network's own v, u_θ(x_t, t, t), as they do later (arXiv 2512.02012). After
+three epochs, one step scored 2.90 in place of 4.94 (Fréchet distance), though ten steps
+scored 0.710 in place of 0.477.
 
-Why log? Its gradient is that of the squared error, divided by the squared error + c:
-Geng's adaptive weight with p = 1. Near t = 0, (r-t) du/dt is several times as large as
-v, and without the weight such points ruined a training (RESULTS.md). The price: u is not
-exactly the mean any more.
+First we train a flow, as in 04. A copy of it then also takes r, as the gap r - t, which at
+first changes nothing, and learns u. For half of the images r = t: there the target is
+x_1 - x_0, as for the flow. (04's own flow predicts the image. From there, one step was
+worse.)
+
+Why log? For each image, its gradient is that of the squared error, divided by that error
++ c: Geng's adaptive weight with p = 1. Near t = 0, (r-t) du/dt is several times as large
+as v. Without the weight, and with more times near 0, such points ruined a training
+(RESULTS.md). The price: where targets differ, u leans to the common ones.
 
     python 06_meanflow.py                    flow and MeanFlow, for a GPU
 
-This command gave these Fréchet distances of 5,000 samples (real digits have 0.058):
-    steps               1      2      5      10
-    MeanFlow            1.50   0.891  0.592  0.615
-    the flow before     50.3   5.36   0.962  0.543
-MeanFlow learned here for as long as 04 makes pairs and learns from them, 100 seconds on
-a GPU. Then the reflow of 04 is better with one step (0.740) and with two (0.662).
+MeanFlow of this command, and the flow that it began with (Euler), have these Fréchet
+distances of 5,000 samples (real digits have 0.058):
+    steps           1      2      5      10
+    flow            50.3   5.36   0.962  0.543
+    MeanFlow        1.50   0.891  0.592  0.615
+MeanFlow learned for as long as 04 makes pairs and learns from them, 100 seconds on a GPU.
+The reflow of 04, from its own flow, is better: 0.740 with one step, 0.662 with two.
 """
 
 from itertools import pairwise
@@ -64,9 +69,9 @@ def parse_args(argv: list[str] | None = None):
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
     add("--steps", type=count, nargs="+", default=[1, 2, 5, 10], help="of the sampler")
     add("--equal", type=number(float, 0, 1), default=0.5, help="share of images with r = t")
-    add("--tangent", choices=["own", "pair"], default="own", help="whose v du/dt follows")
-    add("--derivative", choices=["difference", "jvp"], default="difference", help="du/dt by")
-    add("--meanflow-epochs", type=count, default=18, help="passes over the images after that")
+    add("--tangent", choices=["own", "pair"], default="own", help="v in du/dt: of u, or x_1 - x_0")
+    add("--derivative", choices=["difference", "jvp"], default="difference", help="for du/dt")
+    add("--meanflow-epochs", type=count, default=18, help="passes for MeanFlow")
     add("--meanflow-lr", type=number(float, 1e-9), default=1e-3, help="peak rate there")
     tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
             "width": 8, "steps": [1, 2, 5], "eval_samples": 20, "meanflow_epochs": 4}
@@ -74,7 +79,7 @@ def parse_args(argv: list[str] | None = None):
 
 
 class UNet(nn.Module):
-    """vs 04: predicts u itself, and also takes r (B,), the later time; without r it is a flow."""
+    """vs 04: predicts u itself, and also takes r (B,), the later time; a flow leaves r out."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -86,7 +91,7 @@ class UNet(nn.Module):
         self.gap = nn.Sequential(
             nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time, bias=False)
         )
-        nn.init.zeros_(self.gap[-1].weight)  # at first r makes no difference
+        nn.init.zeros_(self.gap[-1].weight)  # at first r adds nothing (so no bias, either)
         self.conv_in = nn.Conv2d(1, c1, 3, padding=1)
         self.down0 = ResBlock(c1, c1, c_time)
         self.down0_to_1 = nn.Conv2d(c1, c1, 3, stride=2, padding=1)
@@ -117,7 +122,7 @@ class UNet(nn.Module):
         h = self.up0_attention(self.up0(torch.cat([h, h1], dim=1), emb))
         h = self.up0_to_1(F.interpolate(h, scale_factor=2.0))  # (B, c1, H, W)
         h = self.up1(torch.cat([h, h0], dim=1), emb)
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 1, H, W)
+        return self.conv_out(F.silu(self.norm_out(h)))  # vs 04: u itself
 
 
 def make_models(args) -> dict[str, nn.Module]:
@@ -125,11 +130,11 @@ def make_models(args) -> dict[str, nn.Module]:
             for name in ("flow", "meanflow")}
 
 
-def draw_times(n: int, equal: int, rng, device="cpu") -> tuple[Tensor, Tensor]:
+def draw_times(n: int, equal: int, rng=None, device="cpu") -> tuple[Tensor, Tensor]:
     """t <= r, (n,) each: the smaller and the larger of two logit-normal draws.
 
-    For the first `equal` of them r = t is one draw. Gaps above 0.9 are almost never drawn:
-    one step, from 0 to 1, relies on the network to extrapolate.
+    For the first `equal` of them r = t. Times near 0 and 1 are rare, and both together almost
+    never drawn: for one step, from 0 to 1, the network has to extrapolate.
     """
     times = torch.randn(2, n, generator=rng, device=device).sigmoid()
     times[1, :equal] = times[0, :equal]
@@ -140,13 +145,13 @@ def draw_times(n: int, equal: int, rng, device="cpu") -> tuple[Tensor, Tensor]:
 def total_derivative(model, x: Tensor, t: Tensor, r: Tensor, v: Tensor, by: str) -> Tensor:
     """du/dt = ∂u/∂x · v + ∂u/∂t at x (B, ...), t and r (B,): the change of u along the path.
 
-    "jvp", as in Geng et al., is exact, and so it follows the fast wiggles that the sinusoids
-    of t cause. "difference" compares u at 0.01 before and after, which averages over them.
+    "jvp", as in Geng et al., is exact, but slower, and it follows the fast wiggles of the
+    sinusoids of t. "difference" is its mean from 0.01 before to 0.01 after.
     """
     if by == "jvp":
-        with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no forward mode
+        with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no jvp
             return torch.func.jvp(lambda x, t: model(x, t, r), (x, t), (v, torch.ones_like(t)))[1]
-    h = 0.01
+    h = 0.01  # t + h may pass r, but there (r-t) du/dt is small
     return (model(x + h * v, t + h, r) - model(x - h * v, t - h, r)) / (2 * h)
 
 
@@ -157,16 +162,15 @@ def meanflow_loss(
     """The loss of Geng et al. 2025; or, if not `adaptive`, its squared error alone.
 
     x0, noise, and x1, data: (B, ...); t <= r: (B,) in [0, 1], with r = t for the first
-    `equal`. du/dt follows the network's own velocity, u(x_t, t, t), or that of the "pair",
-    x1 - x0, whose mean is v.
+    `equal`. v in du/dt is the network's own, u(x_t, t, t), or that of the "pair", x1 - x0.
     """
-    t_, r_ = (time.view(-1, *[1] * (x0.dim() - 1)) for time in (t, r))
+    t_ = t.view(-1, *[1] * (x0.dim() - 1))
     x_t, target = (1 - t_) * x0 + t_ * x1, x1 - x0
-    with torch.no_grad():  # the first `equal` keep x1 - x0, since there r - t = 0
-        x, t1, r1 = x_t[equal:], t[equal:], r[equal:]
+    with torch.no_grad():
+        x, t1, r1 = x_t[equal:], t[equal:], r[equal:]  # the others: there r - t = 0
         v = model(x, t1, t1) if tangent == "own" else target[equal:]
         du_dt = total_derivative(model, x, t1, r1, v, by)
-        target[equal:] += (r_ - t_)[equal:] * du_dt
+        target[equal:] += (r1 - t1).view_as(t_[equal:]) * du_dt
     error = (target - model(x_t, t, r)).square().flatten(1).sum(1)
     return (error + 0.01).log().mean() if adaptive else error.mean()
 
@@ -195,7 +199,7 @@ def train(args) -> dict[str, nn.Module]:
     torch.manual_seed(args.seed)
     models = make_models(args)
     stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, images, labels)
-    if stage.done < args.epochs:  # so this flow will change: what began with it is old
+    if stage.done < args.epochs:  # so this flow will change: a MeanFlow from it is old
         args.state["networks"].pop("meanflow", None)
     for x1, _ in stage:
         x0 = torch.randn_like(x1)
@@ -206,11 +210,11 @@ def train(args) -> dict[str, nn.Module]:
     model.load_state_dict(flow.state_dict())  # a copy, which --resume replaces
     epochs, lr = args.meanflow_epochs, args.meanflow_lr
     stage = common.Stage(args, "meanflow", model, epochs, lr, images, labels)
-    equal, how = round(args.equal * args.batch_size), (args.tangent, args.derivative)
+    equal, by = round(args.equal * args.batch_size), args.derivative
     for x1, _ in stage:
         x0 = torch.randn_like(x1)
-        t, r = draw_times(len(x1), equal, None, x1.device)
-        stage.step(meanflow_loss(stage.model, x0, x1, t, r, equal, *how))
+        t, r = draw_times(len(x1), equal, device=x1.device)
+        stage.step(meanflow_loss(stage.model, x0, x1, t, r, equal, args.tangent, by))
     return {"flow": flow, "meanflow": stage.ema}
 
 

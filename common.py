@@ -286,7 +286,7 @@ class Stage:
         self.optimizer.step()
         share = min(10 / (self.epochs * self.steps), 1)  # an average over a tenth of the run
         torch._foreach_lerp_(self.slow, self.fast, share)
-        self.loss = loss.detach()
+        self.loss = loss.detach_()  # a graph cannot be recorded while a step before it is alive
 
 
 def stopped(args: argparse.Namespace):
