@@ -139,7 +139,7 @@ def test_a_batch_of_more_pictures_than_there_are_ends_in_one_line(tmp_path):
 @pytest.fixture
 def untimed(monkeypatch):
     """Every sampler draws once, 16 images at most, and is said to take a second."""
-    monkeypatch.setattr(common, "time_sampler", lambda sample, noise, seed: (
+    monkeypatch.setattr(common, "time_sampler", lambda sample, noise, seed, least=0: (
         sample(noise[:16], torch.Generator().manual_seed(seed)), 1.0))
 
 
