@@ -1,7 +1,7 @@
 """Every script as a user runs it: a process in a folder of its own, without a network.
 
-    pytest                  these, and all in tests/: seven minutes on two cores
-    pytest test_smoke.py    these alone: four minutes
+    pytest                  these, and all in tests/: eleven minutes on two cores of a slow machine
+    pytest test_smoke.py    these alone: five
 """
 
 import json
