@@ -7,8 +7,8 @@ the velocity of the lines, x_1 - x_0, at each point and time; where lines cross,
 their mean. To sample, follow this velocity from a new noise. The path bends, so this takes
 many small steps. Reflow makes the paths straighter: pair each of many noises with the image
 at the end of its path, and train a copy of the network on these pairs. Two paths never
-meet, since each point and time has one velocity, and so the lines of these pairs hardly
-cross. Then one step gets near the end.
+meet, since each point and time has one velocity, and the lines of these pairs hardly cross.
+Then one step gets near the end.
 
     x_t    = (1-t) x_0 + t x_1                                    Liu et al. 2022, section 2.1
     loss   = E ‖(x_1 - x_0) - v_θ(x_t, t)‖², t by --flow-t        Liu, Eq. 1, with uniform t
