@@ -35,8 +35,8 @@ of 0.917, and of 1.71 with v from the last layer (RESULTS.md).
 
     python 04_rectified_flow.py                 flow, pairs and reflow, for a GPU
 
-This command gave these Fréchet distances of 5,000 samples (real digits have 0.058), and
-S of 16 paths in 100 steps:
+Trained with these options on an NVIDIA H200: Fréchet distances of 5,000 samples (real
+digits have 0.058), and S of 16 paths in 100 steps:
     Euler steps   1      2      5      10     100    S
     flow          53.2   7.82   1.12   0.598  0.313  0.081
     reflow        0.740  0.662  0.584  0.540  0.484  0.0023

@@ -1,6 +1,7 @@
 """What all tests here share: where the scripts are, one thread, and no way into the network."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,8 @@ def gpu_script(folder: Path, minutes: str = "600") -> subprocess.Popen:
     settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MINUTES": minutes,
                 "SCRIPTS": " ".join(GPU_SCRIPTS)}
     return subprocess.Popen(["bash", ROOT / "bench/gpu.sh", "--dry-run", folder], text=True,
-                            env=os.environ | settings, stdout=subprocess.PIPE)
+                            env=os.environ | settings, stdout=subprocess.PIPE,
+                            start_new_session=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,7 +49,8 @@ def first_gpu_run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     process = gpu_script(folder)
     yield folder, process
-    process.kill()
+    if process.poll() is None:  # its test did not come: end all that it has started
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
