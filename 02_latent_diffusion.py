@@ -6,11 +6,12 @@ back. Its encoder gives a mean and a variance, and its decoder must rebuild the 
 any draw. So nearby latents decode to similar images. A VAE can draw by itself: decode
 z ~ N(0, I). But for sharp images our KL term has a small weight. Then digits fill only a
 part of where N(0, I) draws, and the rest decodes to non-digits. So stage two trains the
-diffusion of 01 on the latents. To sample, turn noise into a latent step by step, and decode.
+diffusion of 01 on the latents: on the means µ, since no network can predict the noise of a
+draw. To sample, turn noise into a latent step by step, and decode.
 
     q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         w = 1: minus their Eq. 10
-    x_0      = (z - mean) / std for each of the 64 numbers  Rombach et al. 2022: one std for all
+    x_0      = (µ - mean) / std for each of the 64 numbers  Rombach et al. 2022: one std for all
     x_t, v, the loss and the samplers as in 01
 
     paper           code                      shape
@@ -49,7 +50,7 @@ def parse_args(argv: list[str] | None = None):
     add, count = parser.add_argument, number(int, 1)
     add("--vae-epochs", type=count, default=20, help="passes over the images for the VAE")
     add("--vae-lr", type=number(float, 1e-9), default=2e-3, help="peak rate of the VAE")
-    add("--kl-weight", type=number(float, 0), default=0.05, help="w, weight of the KL divergence")
+    add("--kl-weight", type=number(float, 0), default=0.1, help="w, weight of the KL divergence")
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
     add("--timesteps", type=number(int, 2), default=1000, help="T, from image to noise")
     add("--ddim-steps", type=count, default=100, help="network calls of DDIM")
@@ -68,7 +69,7 @@ def conv_block(conv: nn.Module) -> nn.Module:
 class VAE(nn.Module):
     """Images (B, 1, 28, 28) in [-1, 1] -> latents (B, 64) -> images. Kingma & Welling 2014.
 
-    `mean` and `std` (64,), of the training images' latents, standardise the latents.
+    `mean` and `std` (64,), of draws of z for all training images, standardise the latents.
     """
 
     def __init__(self):
@@ -99,14 +100,9 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.logits(z).sigmoid() * 2 - 1
 
-    def draw(self, mu: Tensor, logvar: Tensor, rng=None) -> Tensor:
-        """z = µ + σ e, a draw from q(z | x): the reparameterisation trick."""
-        noise = torch.randn(mu.shape, generator=rng, device=mu.device)
-        return mu + (logvar / 2).exp() * noise
-
-    def to_latent(self, mu: Tensor, logvar: Tensor, rng=None) -> Tensor:
-        """A draw from q(z | x), standardised over all training images, as (B, 1, 8, 8)."""
-        return ((self.draw(mu, logvar, rng) - self.mean) / self.std).view(-1, 1, 8, 8)
+    def to_latent(self, mu: Tensor) -> Tensor:
+        """µ (B, 64), standardised, as (B, 1, 8, 8)."""
+        return ((mu - self.mean) / self.std).view(-1, 1, 8, 8)
 
     def to_images(self, latent: Tensor) -> Tensor:
         return self.decode(latent.flatten(1) * self.std + self.mean)
@@ -171,7 +167,8 @@ def vae_loss(vae: VAE, x: Tensor, kl_weight: float) -> Tensor:
     The decoder gives probabilities of white; -log p is their cross-entropy with (x+1)/2 (C.1).
     """
     mu, logvar = vae.encode(x)
-    logits = vae.logits(vae.draw(mu, logvar))
+    z = mu + (logvar / 2).exp() * torch.randn_like(mu)  # the reparameterisation trick
+    logits = vae.logits(z)
     nll = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2, reduction="none")
     return (nll.sum((1, 2, 3)) + kl_weight * kl_divergence(mu, logvar)).mean()
 
@@ -275,15 +272,16 @@ def train(args) -> dict[str, nn.Module]:
     for (x,) in stage:
         stage.step(vae_loss(stage.model, x, args.kl_weight))
     vae = stage.ema  # fixed from here on
-    all_mu, all_logvar = encode_all(vae, images)
-    vae.mean.copy_(all_mu.mean(0))
-    vae.std.copy_((all_mu.var(0) + all_logvar.exp().mean(0)).sqrt())  # Var z = Var µ + E σ²
+    mu, logvar = encode_all(vae, images)
+    vae.mean.copy_(mu.mean(0))
+    var_z = mu.var(0) + logvar.exp().mean(0)  # not Var µ: a number that is all noise stays small
+    vae.std.copy_(var_z.sqrt())
     args.state["networks"]["vae"] = vae.state_dict()  # with mean and std
     draw_vae(args, vae)
     model = models["diffusion"]
-    stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, all_mu, all_logvar)
-    for mu, logvar in stage:
-        x0 = vae.to_latent(mu, logvar)  # vs 01: x_0 is a latent, drawn anew each time
+    latents = vae.to_latent(mu)  # vs 01: x_0 is a latent
+    stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, latents)
+    for (x0,) in stage:
         stage.step(diffusion_loss(stage.model, schedule, x0))
     return {"diffusion": stage.ema, "vae": vae}
 
@@ -304,8 +302,8 @@ def draw_vae(args, vae: VAE) -> None:
     mu, labels = (mu - mu.mean(0)).cpu(), labels[:2000].cpu()
     points = mu[:2000] @ torch.linalg.svd(mu, full_matrices=False).Vh[:2].T  # (2000, 2)
     by_class = {args.classes[i]: points[labels == i].tolist() for i in labels.unique().tolist()}
-    title = "2,000 test images in the latent: two principal components"
-    common.save_plot(args.out_dir / "latent_map.png", by_class, style=".", title=title)
+    common.save_plot(args.out_dir / "latent_map.png", by_class, style=".", xlabel="component 1",
+                     ylabel="component 2", title="Principal components of 2,000 test latents")
 
 
 @torch.no_grad()

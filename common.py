@@ -235,6 +235,8 @@ class Stage:
                 self.ema.load_state_dict(args.state["networks"][name])
                 model.load_state_dict(weights)
                 self.optimizer.load_state_dict(state)
+        else:  # it begins: an earlier one of its name, if any, is forgotten
+            args.state["history"] = [x for x in args.state["history"] if x["stage"] != name]
 
     def __iter__(self):
         """Batches. On CUDA the fourth turn of the loop is recorded as a graph, and then replayed:

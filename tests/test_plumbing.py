@@ -622,8 +622,7 @@ def test_a_longer_vae_training_makes_the_diffusion_of_02_begin_again(tmp_path):
     latent.train(latent.parse_args(more))
     history = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["history"]
     stages = [(epoch["stage"], epoch["epoch"]) for epoch in history]
-    assert stages == [("vae", 1), ("diffusion", 1), ("diffusion", 2),
-                      ("vae", 2), ("diffusion", 1), ("diffusion", 2)]
+    assert stages == [("vae", 1), ("vae", 2), ("diffusion", 1), ("diffusion", 2)]
 
 
 @pytest.mark.parametrize("module", [flow, latent_flow])
@@ -652,8 +651,9 @@ def test_the_vae_of_02_learns(fast_dev):
     error = (vae.decode(mu[:500]) - images[:500]).square().mean()
     baseline = (images[:500] - images.mean(0)).square().mean()
     assert error < 0.6 * baseline, (error, baseline)  # 0.45 of it, with this seed
-    x0 = vae.to_latent(mu, logvar, torch.Generator().manual_seed(0)).flatten(1)
-    assert x0.mean(0).abs().max() < 0.1 and (x0.std(0) - 1).abs().max() < 0.1
+    x0, noise = vae.to_latent(mu).flatten(1), logvar.exp().mean(0) / vae.std**2
+    assert x0.mean(0).abs().max() < 1e-4  # the variance of z is that of µ and that of its noise
+    assert (x0.var(0) + noise - 1).abs().max() < 1e-4
 
 
 def test_04b_takes_the_vae_of_02_and_keeps_it(tmp_path):
