@@ -2,12 +2,13 @@
 
 Most pixels say little, yet diffusion in pixels works on all of them in every step. So a
 variational autoencoder (VAE) first learns to turn an image into 64 numbers, its latent, and
-back. Its encoder gives a mean and a variance, and its decoder must rebuild the image from
-any draw. So nearby latents decode to similar images. A VAE can draw by itself: decode
-z ~ N(0, I). But for sharp images our KL term has a small weight. Then digits fill only a
-part of where N(0, I) draws, and the rest decodes to non-digits. So stage two trains the
-diffusion of 01 on the latents: on the means µ, since no network can predict the noise of a
-draw. To sample, turn noise into a latent step by step, and decode.
+back. Its encoder gives means µ and variances σ², and its decoder must rebuild the image from
+any draw z of N(µ, σ²). So nearby latents decode to similar images. A second term of the loss,
+the KL divergence, pulls every N(µ, σ²) towards N(0, I). At full weight, draws of N(0, I) would
+decode to digits, but to blurred ones. We give it a small weight: images are sharp, but most
+draws of N(0, I) are far from any digit's latent. So stage two trains the diffusion of 01 on the
+latents of the training images: on µ, because z only adds noise that means nothing. To sample,
+turn noise into a latent step by step, and decode.
 
     q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         w = 1: minus their Eq. 10
@@ -21,7 +22,7 @@ draw. To sample, turn noise into a latent step by step, and decode.
     t = 1 ... T     t = 0 ... T-1             (B,); t = -1 in the samplers is the clean latent
 
 Why 1x8x8? So it fits the U-Net of 01, here with fewer channels at the lowest level. The
-layout means nothing: neighbours are unrelated, unlike those in Rombach's latents.
+64 numbers have no order, so neighbours are unrelated, unlike those in Rombach's latents.
 
     python 02_latent_diffusion.py                  both stages, for a GPU
     python 02_latent_diffusion.py --epochs 15      half an hour on two CPU cores
@@ -52,7 +53,7 @@ def parse_args(argv: list[str] | None = None):
     add("--vae-lr", type=number(float, 1e-9), default=2e-3, help="peak rate of the VAE")
     add("--kl-weight", type=number(float, 0), default=0.1, help="w, weight of the KL divergence")
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
-    add("--timesteps", type=number(int, 2), default=1000, help="T, from image to noise")
+    add("--timesteps", type=number(int, 2), default=1000, help="T, from latent to noise")
     add("--ddim-steps", type=count, default=100, help="network calls of DDIM")
     tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
             "width": 8, "timesteps": 20, "ddim_steps": 10, "vae_epochs": 4, "eval_samples": 20}
@@ -267,15 +268,15 @@ def train(args) -> dict[str, nn.Module]:
     torch.manual_seed(args.seed)
     models = make_models(args)
     stage = common.Stage(args, "vae", models["vae"], args.vae_epochs, args.vae_lr, images)
-    if stage.done < args.vae_epochs:  # so the latents will change: forget what fits the old ones
+    if stage.done < args.vae_epochs:  # so the latents will change: drop the diffusion of old ones
         args.state["networks"].pop("diffusion", None)
     for (x,) in stage:
         stage.step(vae_loss(stage.model, x, args.kl_weight))
-    vae = stage.ema  # fixed from here on
+    vae = stage.ema  # in eval mode, and fixed from here on
     mu, logvar = encode_all(vae, images)
     vae.mean.copy_(mu.mean(0))
-    var_z = mu.var(0) + logvar.exp().mean(0)  # not Var µ: a number that is all noise stays small
-    vae.std.copy_(var_z.sqrt())
+    var_z = mu.var(0) + logvar.exp().mean(0)  # Var z = Var µ + E σ²
+    vae.std.copy_(var_z.sqrt())  # by the std of µ, numbers that the VAE leaves unused would grow
     args.state["networks"]["vae"] = vae.state_dict()  # with mean and std
     draw_vae(args, vae)
     model = models["diffusion"]
@@ -288,7 +289,7 @@ def train(args) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def draw_vae(args, vae: VAE) -> None:
-    """What the VAE does with test images: reconstructions, walks between them, a map of them."""
+    """Test images through the VAE: reconstructions, walks between latents, a map of latents."""
     x, labels = common.load_images(args, train=False)
     mu, logvar = encode_all(vae, x)
     x_hat = torch.cat([vae.decode(part) for part in mu.split(1000)])
@@ -300,7 +301,8 @@ def draw_vae(args, vae: VAE) -> None:
     common.save_grid(images, args.out_dir / "samples_vae.png", "Test images through the VAE", 10,
                      ["images", "reconstructions", *["walk between two"] * 4])
     mu, labels = (mu - mu.mean(0)).cpu(), labels[:2000].cpu()
-    points = mu[:2000] @ torch.linalg.svd(mu, full_matrices=False).Vh[:2].T  # (2000, 2)
+    directions = torch.linalg.svd(mu, full_matrices=False).Vh  # principal ones, largest first
+    points = mu[:2000] @ directions[:2].T  # (2000, 2)
     by_class = {args.classes[i]: points[labels == i].tolist() for i in labels.unique().tolist()}
     common.save_plot(args.out_dir / "latent_map.png", by_class, style=".", xlabel="component 1",
                      ylabel="component 2", title="Principal components of 2,000 test latents")
