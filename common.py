@@ -6,9 +6,10 @@ import json
 import os
 import re
 import signal
+import statistics
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -84,15 +85,21 @@ def load_images(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, T
 
 
 def folder_images(folder: Path, n: int, train: bool) -> tuple[Tensor, Tensor, list[str]]:
-    """The first n of a folder's PNG and JPEG files, mixed, as grey 28x28 images; a subfolder is a
-    class. By name, every seventh file is a test image."""
+    """Up to n of a folder's PNG and JPEG files, in random order: grey images (n, 1, 28, 28) in
+    [-1, 1], labels (n,), and names of the classes: the subfolders. Every seventh file is for tests.
+    """
     files = sorted(p for p in folder.rglob("*.*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     classes = sorted({p.parent.name for p in files})
+    assert len(files) >= 70, f"only {len(files)} PNG or JPEG files, and 70 are needed"
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
     files = [files[i] for i in order if (i % 7 == 0) != train][:n]
-    assert len(files) >= 10, f"only {len(files)} PNG or JPEG files for this part"
-    images = [v2.functional.pil_to_tensor(ImageOps.pad(Image.open(p).convert("L"), (28, 28)))
-              for p in tqdm(files, "images", delay=2)]
+    images = []
+    for path in tqdm(files, "images", delay=2):
+        image = Image.open(path)
+        assert not image.mode.startswith("I"), f"{path} has more than 8 bits a pixel"
+        white = Image.new("RGBA", image.size, "white")  # what is transparent becomes white
+        grey = Image.alpha_composite(white, image.convert("RGBA")).convert("L")
+        images.append(v2.functional.pil_to_tensor(ImageOps.pad(grey, (28, 28))))
     labels = torch.tensor([classes.index(p.parent.name) for p in files])
     return torch.stack(images) / 127.5 - 1, labels, classes
 
@@ -148,9 +155,9 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
     """The command line wins; then the checkpoint, then `tiny` if --fast-dev, then the defaults."""
     args = parser.parse_args(argv)
-    place = "fast_dev" if args.fast_dev else Path(args.dataset).absolute().name
-    parser.set_defaults(**tiny if args.fast_dev else {},
-                        out_dir=Path("runs", "" if place == "mnist" else place, args.script))
+    place = "" if args.dataset == "mnist" else Path(args.dataset).resolve().name
+    place = "fast_dev" if args.fast_dev else place
+    parser.set_defaults(**tiny if args.fast_dev else {}, out_dir=Path("runs", place, args.script))
     args = parser.parse_args(argv)
     path, state = args.out_dir / "checkpoint.pt", {"history": [], "networks": {}, "training": {}}
     if args.resume or args.sample_only:
@@ -176,7 +183,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
 
 @contextmanager
 def one_line_error(what: str, kinds=Exception):
-    """An error in the block, any or one of some kinds, ends the script in one line."""
+    """An error of these kinds in the block ends the script in one line."""
     try:
         yield
     except kinds as error:
@@ -253,19 +260,21 @@ class Stage:
 
     def epoch(self, done: int, total: int, bar: tqdm):
         args, losses, start = self.args, [], time.perf_counter()
-        torch.manual_seed(done + 1000 * args.seed)  # one an epoch, so that --resume repeats it
+        torch.manual_seed(done + 1000 * args.seed)  # so a resumed run draws the same numbers
         order = torch.randperm(len(self.data[0]), device=args.device)
         for chosen in order.split(args.batch_size)[: self.steps]:  # all full
             i, warm_up = done * self.steps + len(losses), min(200, total / 10)
             self.rate.fill_(self.lr * min((i + 1) / warm_up, 1) * (1 - i / total))  # up, down to 0
             self.index.copy_(chosen)
-            if not self.graph:
-                record = args.device == "cuda" and not args.no_graphs and len(losses) == 3
-                self.graph = torch.cuda.CUDAGraph() if record else None
-                with torch.cuda.graph(self.graph) if record else nullcontext():
-                    yield [part[self.index] for part in self.data]
             if self.graph:
+                self.graph.replay()
+            elif args.device == "cuda" and not args.no_graphs and len(losses) == 3:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    yield [part[self.index] for part in self.data]
                 self.graph.replay()  # the recording itself computed nothing
+            else:
+                yield [part[self.index] for part in self.data]
             losses.append(self.loss.clone())
             if bar.update():  # once a second, since reading a loss makes a GPU wait
                 bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
@@ -293,8 +302,8 @@ class Stage:
 
 def stopped(args: argparse.Namespace):
     """For main(): Ctrl-C and files that cannot be written, as on a full disk, end in one line."""
-    return one_line_error(f"stopped; --resume continues from {args.checkpoint} after its last "
-                          "epoch", (KeyboardInterrupt, OSError))
+    message = f"stopped; --resume continues from {args.checkpoint}, if there is one"
+    return one_line_error(message, (KeyboardInterrupt, OSError))
 
 
 def save(path: Path, state: dict) -> None:
@@ -310,8 +319,9 @@ def save(path: Path, state: dict) -> None:
 
 def origin(args: argparse.Namespace) -> dict:
     """What made a file: script, machine, and the options that --resume takes over."""
-    text = "".join(f.read_text() for f in Path("/proc").glob("cpuinfo")) + "model name: unknown"
-    cpu = f"{torch.get_num_threads()} cores, {re.findall('model name.*: (.+)', text)[0]}"
+    info = Path("/proc/cpuinfo")  # of Linux
+    model = re.search("model name.*: (.+)", info.read_text() if info.exists() else "")
+    cpu = f"{torch.get_num_threads()} cores, {model[1] if model else 'unknown'}"
     kept = {k: v for k, v in vars(args).items() if type(v) in (int, float, str, list)
             and k not in ("script", "device", "eval_samples", "files")}
     return {"script": args.script, "args": kept | {"fast_dev": args.fast_dev},
@@ -328,7 +338,7 @@ def load_checkpoint(path: Path, script: str) -> dict:
 
 
 def load_networks(state: dict, models: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The same models, ready to sample from, with the weights that a checkpoint has of each."""
+    """Loads a checkpoint's weights into `models`, which it returns, ready to sample from."""
     with one_line_error(f"{state['path']} is unfinished (--resume), or does not fit the options"):
         for name, model in models.items():
             model.eval().load_state_dict(state["networks"][name])
@@ -336,14 +346,17 @@ def load_networks(state: dict, models: dict[str, nn.Module]) -> dict[str, nn.Mod
 
 
 def time_sampler(sample, noise: Tensor, seed: int, least: float = 2) -> tuple[Tensor, float]:
-    """What sample(noise, rng) returns, and its seconds: the median of up to three runs."""
-    seconds = []  # run 1 warms up; it counts only if it is alone: on a CPU, after `least` seconds
-    while len(seconds) < (1 if noise.is_cpu else 2) or (len(seconds) < 4 and sum(seconds) < least):
+    """What sample(noise, rng) returns, and its seconds: the median of up to three runs.
+
+    A run before them warms up. On a CPU it is the only one if it takes `least` seconds.
+    """
+    seconds, fewest = [], 1 if noise.is_cpu else 2
+    while len(seconds) < fewest or (len(seconds) < 4 and sum(seconds) < least):
         start = time.perf_counter()
         images = sample(noise, torch.Generator(noise.device).manual_seed(seed))
         images.sum().item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    return images, torch.tensor(seconds[1:] or seconds).quantile(0.5).item()
+    return images, statistics.median(seconds[1:] or seconds)
 
 
 def measure(args, samplers: list, noise: Tensor, overview: str, below=(), **more) -> None:
@@ -355,12 +368,12 @@ def measure(args, samplers: list, noise: Tensor, overview: str, below=(), **more
     large = noise.repeat(63, 1, 1, 1)[: 1000 if noise.is_cuda else 64]  # 16 noises, repeated
     least = 0 if args.fast_dev else 2
     for made, sample in samplers:
-        images, seconds = time_sampler(sample, noise, args.seed, least)
+        images, seconds = time_sampler(sample, noise, args.seed + 1, least)  # not noise's seed
         title = f"{made['name']}: {len(noise)} images in {seconds:.3f} s"
         made |= {"file": re.sub("[ ,=]+", "_", made["name"]), "images": len(noise)}
         save_grid(images, args.out_dir / f"samples_{made['file']}.png", title, columns=8)
         rows[f"{made['name']}\n{seconds:.3f} s"] = images[:10]
-        rate = len(large) / time_sampler(sample, large, args.seed, least)[1]
+        rate = len(large) / time_sampler(sample, large, args.seed + 1, least)[1]
         print(f"{title}; {rate:.1f} images/s in batches of {len(large)}")
         made |= {"seconds": seconds, "images_per_second": rate, "large_batch": len(large)}
     images = torch.cat([*rows.values()])
@@ -396,9 +409,9 @@ def save_grid(images: Tensor, path: Path, title: str, columns: int, rows=(), bel
     grid = utils.make_grid(to_uint8(images), nrow=columns)[0].numpy()
     axes = figure.Figure(figsize=[side / 50 + 0.8 for side in grid.T.shape]).subplots()
     axes.imshow(grid, cmap="gray", vmin=0, vmax=255)
-    axes.set(title=title, xticks=range(17, 30 * len(below), 30))
+    axes.set(title=title, xticks=range(16, 30 * len(below), 30))  # middles of images
     axes.set_xticklabels(below, rotation=45 if max(map(len, below), default=0) > 6 else 0)
-    axes.set(yticks=range(17, 30 * len(rows), 30), yticklabels=rows)  # middles of images
+    axes.set(yticks=range(16, 30 * len(rows), 30), yticklabels=rows)
     axes.figure.savefig(path, bbox_inches="tight")
 
 
@@ -412,8 +425,9 @@ def save_gif(frames: list[Tensor], path: Path, columns: int) -> None:
 def save_plot(path: Path, lines: dict, style: str = ".-", **labels) -> None:
     """`lines` maps a name to points (x, y); `labels` are title, xlabel, ylabel, yscale."""
     axes = figure.Figure(figsize=(6, 4)).subplots()
-    for color, (name, points) in zip(colormaps["tab20"].colors * 9, lines.items()):
-        axes.plot(*zip(*points), style, label=name, color=color)
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
+    for name, points in lines.items():
+        axes.plot(*zip(*points), style, label=name)
     axes.set(**labels)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the plot
     axes.figure.savefig(path, bbox_inches="tight")

@@ -103,11 +103,12 @@ def test_a_folder_without_subfolders_is_one_class(tmp_path):
 
 @pytest.mark.parametrize(("ending", "mode", "color", "grey"), [
     ("png", "L", 128, 128), ("jpg", "L", 128, 128), ("png", "RGB", (255, 0, 0), 76),
-    ("jpeg", "RGB", (255, 0, 0), 76), ("png", "RGBA", (0, 255, 0, 255), 150), ("png", "1", 1, 255)])
+    ("jpeg", "RGB", (255, 0, 0), 76), ("png", "RGBA", (0, 255, 0, 255), 150), ("png", "1", 1, 255),
+    ("png", "RGBA", (9, 9, 9, 0), 255), ("png", "LA", (0, 51), 204)])  # white where transparent
 def test_pictures_become_grey_and_fit_into_28x28(ending, mode, color, grey, tmp_path):
     """Twice as wide as high: black above and below. Grey is 0.299 red + 0.587 green + ..."""
     (tmp_path / "wide").mkdir()
-    for i in range(20):
+    for i in range(70):
         Image.new(mode, (120, 60), color).save(tmp_path / "wide" / f"{i}.{ending}")
     images, _ = common.load_images(arguments(tmp_path / "out", tmp_path / "wide"))
     pixels = (images[0, 0] + 1) * 127.5
@@ -115,25 +116,37 @@ def test_pictures_become_grey_and_fit_into_28x28(ending, mode, color, grey, tmp_
     assert pixels[7:21].flatten().tolist() == pytest.approx([grey] * 14 * 28, abs=2)
 
 
-@pytest.mark.parametrize("content", ["nothing", "one", "text", "half"])
+@pytest.mark.parametrize("content", ["nothing", "few", "text", "half", "16 bits"])
 def test_a_bad_folder_ends_in_one_line(content, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for i in range({"nothing": 0, "one": 1}.get(content, 20)):
+    for i in range({"nothing": 0, "few": 69}.get(content, 70)):
         pixels = random.Random(i).randbytes(784)
         Image.frombytes("L", (28, 28), pixels).save(folder / f"{i}.png")
         if i == 5:
             whole = (folder / "5.png").read_bytes()
             (folder / "5.png").write_bytes(b"hello" if content == "text" else whole[:300])
+            if content == "16 bits":
+                Image.new("I;16", (28, 28), 20_000).save(folder / "5.png")
     message = one_line(common.load_images, arguments(tmp_path / "out", folder))
     assert str(folder) in message
-    assert ("only" if content in ("nothing", "one") else "") in message
-    assert content != "text" or "5.png" in message
+    assert ("only" if content in ("nothing", "few") else "") in message
+    assert content not in ("text", "16 bits") or "5.png" in message
+
+
+@pytest.mark.parametrize(("folder", "place"), [
+    ("pictures/mnist", "runs/mnist"), (".", "runs/pictures"), ("..", "runs/home"), ("mnist", "runs")])
+def test_a_folder_has_its_own_place_for_results(folder, place, tmp_path, monkeypatch):
+    """Beside the runs on MNIST, also if its name is mnist or does not show."""
+    (tmp_path / "home" / "pictures" / "mnist").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "home" / ("" if "/" in folder else "pictures"))
+    args = ddpm.parse_args(["--device", "cpu", "--dataset", folder])
+    assert args.out_dir.as_posix() == f"{place}/01_ddpm_ddim"
 
 
 def test_a_batch_of_more_pictures_than_there_are_ends_in_one_line(tmp_path):
-    args = arguments(tmp_path / "out", write_folder(tmp_path / "shapes", 4), "--batch-size", "11")
-    assert "--batch-size 11: there are only 10" in one_line(ddpm.train, args)
+    args = arguments(tmp_path / "out", write_folder(tmp_path / "shapes", 24), "--batch-size", "62")
+    assert "--batch-size 62: there are only 61" in one_line(ddpm.train, args)
 
 
 @pytest.fixture

@@ -841,7 +841,9 @@ def measured(tmp_path, monkeypatch):
             def sample(x, rng):
                 pictures = {path.name for path in tmp_path.glob("samples_*.png")}
                 seen.append((kind, x.clone(), pictures))
-                return x.tanh() if kind == "still" else torch.randn(x.shape, generator=rng).tanh()
+                fresh = torch.randn(x.shape, generator=rng)
+                assert not torch.equal(fresh, x)  # DDPM must not add the noise it began with
+                return x.tanh() if kind == "still" else fresh.tanh()
 
             return sample
 
