@@ -153,7 +153,10 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
-    """The command line wins; then the checkpoint, then `tiny` if --fast-dev, then the defaults."""
+    """The command line wins; then the checkpoint, then `tiny` if --fast-dev, then the defaults.
+
+    Also loads the checkpoint, if one is asked for, and makes and locks --out-dir.
+    """
     args = parser.parse_args(argv)
     place = "" if args.dataset == "mnist" else Path(args.dataset).resolve().name
     place = "fast_dev" if args.fast_dev else place
@@ -204,13 +207,13 @@ def as_function(model: nn.Module, args: argparse.Namespace):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but convolutions of 16 channels or more take steps of Muon (Jordan 2024): if
+    """AdamW, but convolutions with at least 16 channels take steps of Muon (Jordan 2024): if
     the mean of recent gradients, as a matrix, is U S Vᵀ, the step is almost U Vᵀ."""
     @torch.no_grad()
     def step(self) -> None:
         group = self.param_groups[0]
         convolutions = [w for w in group["params"] if w.dim() == 4 and min(w.shape[:2]) >= 16]
-        for rows in {len(w) for w in convolutions}:  # matrices of as many rows in one batch
+        for rows in {len(w) for w in convolutions}:  # those of as many rows in a batch
             weights, key = [w for w in convolutions if len(w) == rows], f"{rows} rows"
             g = pad_sequence([w.grad.flatten(1).mT for w in weights], batch_first=True).mT
             mean = self.state[key] = self.state.get(key, 0 * g).to(g.device).lerp_(g, 0.05)
@@ -360,7 +363,10 @@ def time_sampler(sample, noise: Tensor, seed: int, least: float = 2) -> tuple[Te
 
 
 def measure(args, samplers: list, noise: Tensor, overview: str, below=(), **more) -> None:
-    """Pictures, times and sets of each (made, sample) in `samplers`; the dict made describes it."""
+    """Pictures and times of each sampler from noise (16, ...), and then sets for 05.
+
+    samplers: (made, sample), where the dict made has name, method, sampler, steps and the like.
+    """
     rows, losses = {}, {}
     for epoch in args.state["history"]:
         losses.setdefault(epoch["stage"], []).append((epoch["epoch"], epoch["loss"]))

@@ -135,7 +135,8 @@ def test_a_bad_folder_ends_in_one_line(content, tmp_path):
 
 
 @pytest.mark.parametrize(("folder", "place"), [
-    ("pictures/mnist", "runs/mnist"), (".", "runs/pictures"), ("..", "runs/home"), ("mnist", "runs")])
+    ("pictures/mnist", "runs/mnist"), (".", "runs/pictures"), ("..", "runs/home"),
+    ("mnist", "runs")])
 def test_a_folder_has_its_own_place_for_results(folder, place, tmp_path, monkeypatch):
     """Beside the runs on MNIST, also if its name is mnist or does not show."""
     (tmp_path / "home" / "pictures" / "mnist").mkdir(parents=True)
