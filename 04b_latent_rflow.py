@@ -9,7 +9,7 @@ straighter, but the decoder draws a clean digit from a latent that is slightly w
 
     paper           code                      shape
     x_0             x0, noise                 (B, 1, 8, 8)
-    x_1             x1, latents               (B, 1, 8, 8), mean 0 and standard deviation 1
+    x_1             x1, latents               (B, 1, 8, 8), mean 0 and variance at most 1
     t               t                         (B,) from 0, noise, to 1, data: the reverse of 02
     v_θ(x_t, t)     v = model(x_t, t)         (B, 1, 8, 8)
 
