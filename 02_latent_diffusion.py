@@ -5,14 +5,13 @@ variational autoencoder (VAE) first learns to turn an image into 64 numbers, its
 back. Its encoder gives means µ and variances σ², and its decoder must rebuild the image from
 any draw z of N(µ, σ²). So nearby latents decode to similar images. A second term of the loss,
 the KL divergence, pulls every N(µ, σ²) towards N(0, I). At full weight, draws of N(0, I) would
-decode to digits, but to blurred ones. We give it a small weight: images are sharp, but most
-draws of N(0, I) are far from any digit's latent. So stage two trains the diffusion of 01 on the
-latents of the training images: on µ, because z only adds noise that means nothing. To sample,
+decode to digits, but blurred ones. At our small weight images are sharp, but most such draws
+decode to non-digits. So stage two trains the diffusion of 01 on the digits' latents. To sample,
 turn noise into a latent step by step, and decode.
 
     q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         w = 1: minus their Eq. 10
-    x_0      = (µ - mean) / std for each of the 64 numbers  Rombach et al. 2022: one std for all
+    x_0      = (z - mean) / std for each of the 64 numbers  Rombach et al. 2022: one std for all
     x_t, v, the loss and the samplers as in 01
 
     paper           code                      shape
@@ -51,7 +50,7 @@ def parse_args(argv: list[str] | None = None):
     add, count = parser.add_argument, number(int, 1)
     add("--vae-epochs", type=count, default=20, help="passes over the images for the VAE")
     add("--vae-lr", type=number(float, 1e-9), default=2e-3, help="peak rate of the VAE")
-    add("--kl-weight", type=number(float, 0), default=0.1, help="w, weight of the KL divergence")
+    add("--kl-weight", type=number(float, 0), default=0.05, help="w, weight of the KL divergence")
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
     add("--timesteps", type=number(int, 2), default=1000, help="T, from latent to noise")
     add("--ddim-steps", type=count, default=100, help="network calls of DDIM")
@@ -101,9 +100,14 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.logits(z).sigmoid() * 2 - 1
 
-    def to_latent(self, mu: Tensor) -> Tensor:
-        """µ (B, 64), standardised, as (B, 1, 8, 8)."""
-        return ((mu - self.mean) / self.std).view(-1, 1, 8, 8)
+    def draw(self, mu: Tensor, logvar: Tensor, rng=None) -> Tensor:
+        """z = µ + σ e, a draw from q(z | x): the reparameterisation trick."""
+        noise = torch.randn(mu.shape, generator=rng, device=mu.device)
+        return mu + (logvar / 2).exp() * noise
+
+    def to_latent(self, mu: Tensor, logvar: Tensor, rng=None) -> Tensor:
+        """A draw from q(z | x), standardised over all training images, as (B, 1, 8, 8)."""
+        return ((self.draw(mu, logvar, rng) - self.mean) / self.std).view(-1, 1, 8, 8)
 
     def to_images(self, latent: Tensor) -> Tensor:
         return self.decode(latent.flatten(1) * self.std + self.mean)
@@ -168,8 +172,7 @@ def vae_loss(vae: VAE, x: Tensor, kl_weight: float) -> Tensor:
     The decoder gives probabilities of white; -log p is their cross-entropy with (x+1)/2 (C.1).
     """
     mu, logvar = vae.encode(x)
-    z = mu + (logvar / 2).exp() * torch.randn_like(mu)  # the reparameterisation trick
-    logits = vae.logits(z)
+    logits = vae.logits(vae.draw(mu, logvar))
     nll = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2, reduction="none")
     return (nll.sum((1, 2, 3)) + kl_weight * kl_divergence(mu, logvar)).mean()
 
@@ -273,16 +276,15 @@ def train(args) -> dict[str, nn.Module]:
     for (x,) in stage:
         stage.step(vae_loss(stage.model, x, args.kl_weight))
     vae = stage.ema  # in eval mode, and fixed from here on
-    mu, logvar = encode_all(vae, images)
-    vae.mean.copy_(mu.mean(0))
-    var_z = mu.var(0) + logvar.exp().mean(0)  # Var z = Var µ + E σ²
-    vae.std.copy_(var_z.sqrt())  # by the std of µ, numbers that the VAE leaves unused would grow
+    all_mu, all_logvar = encode_all(vae, images)
+    vae.mean.copy_(all_mu.mean(0))
+    vae.std.copy_((all_mu.var(0) + all_logvar.exp().mean(0)).sqrt())  # Var z = Var µ + E σ²
     args.state["networks"]["vae"] = vae.state_dict()  # with mean and std
     draw_vae(args, vae)
     model = models["diffusion"]
-    latents = vae.to_latent(mu)  # vs 01: x_0 is a latent
-    stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, latents)
-    for (x0,) in stage:
+    stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, all_mu, all_logvar)
+    for mu, logvar in stage:
+        x0 = vae.to_latent(mu, logvar)  # vs 01: x_0 is a latent, drawn anew each time
         stage.step(diffusion_loss(stage.model, schedule, x0))
     return {"diffusion": stage.ema, "vae": vae}
 
@@ -301,8 +303,7 @@ def draw_vae(args, vae: VAE) -> None:
     common.save_grid(images, args.out_dir / "samples_vae.png", "Test images through the VAE", 10,
                      ["images", "reconstructions", *["walk between two"] * 4])
     mu, labels = (mu - mu.mean(0)).cpu(), labels[:2000].cpu()
-    directions = torch.linalg.svd(mu, full_matrices=False).Vh  # principal ones, largest first
-    points = mu[:2000] @ directions[:2].T  # (2000, 2)
+    points = mu[:2000] @ torch.linalg.svd(mu, full_matrices=False).Vh[:2].T  # (2000, 2)
     by_class = {args.classes[i]: points[labels == i].tolist() for i in labels.unique().tolist()}
     common.save_plot(args.out_dir / "latent_map.png", by_class, style=".", xlabel="component 1",
                      ylabel="component 2", title="Principal components of 2,000 test latents")

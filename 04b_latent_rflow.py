@@ -9,7 +9,7 @@ straighter, but the decoder draws a clean digit from a latent that is slightly w
 
     paper           code                      shape
     x_0             x0, noise                 (B, 1, 8, 8)
-    x_1             x1, latents               (B, 1, 8, 8), mean 0 and variance at most 1
+    x_1             x1, latents               (B, 1, 8, 8), mean 0 and standard deviation 1
     t               t                         (B,) from 0, noise, to 1, data: the reverse of 02
     v_θ(x_t, t)     v = model(x_t, t)         (B, 1, 8, 8)
 
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None):
     add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="density of t in the flow")
     add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="... in the reflow")
     add("--pairs", type=count, default=60_000, help="pairs of noise and latent to make")
-    add("--pair-steps", type=count, default=10, help="Heun steps to make a pair")
+    add("--pair-steps", type=count, default=20, help="Heun steps to make a pair")
     add("--reflow-epochs", type=count, default=10, help="passes over all the pairs")
     add("--reflow-lr", type=number(float, 1e-9), default=1e-3, help="peak learning rate there")
     tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
@@ -115,9 +115,14 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.logits(z).sigmoid() * 2 - 1
 
-    def to_latent(self, mu: Tensor) -> Tensor:
-        """µ (B, 64), standardised, as (B, 1, 8, 8)."""
-        return ((mu - self.mean) / self.std).view(-1, 1, 8, 8)
+    def draw(self, mu: Tensor, logvar: Tensor, rng=None) -> Tensor:
+        """z = µ + σ e, a draw from q(z | x): the reparameterisation trick."""
+        noise = torch.randn(mu.shape, generator=rng, device=mu.device)
+        return mu + (logvar / 2).exp() * noise
+
+    def to_latent(self, mu: Tensor, logvar: Tensor, rng=None) -> Tensor:
+        """A draw from q(z | x), standardised over all training images, as (B, 1, 8, 8)."""
+        return ((self.draw(mu, logvar, rng) - self.mean) / self.std).view(-1, 1, 8, 8)
 
     def to_images(self, latent: Tensor) -> Tensor:
         return self.decode(latent.flatten(1) * self.std + self.mean)
@@ -244,13 +249,13 @@ def train(args) -> dict[str, nn.Module]:
     torch.manual_seed(args.seed)
     models, folder = make_models(args), args.out_dir / "pairs"
     vae = load_vae(args, models["vae"])
-    mu, _ = encode_all(vae, images)
-    latents = vae.to_latent(mu)  # vs 04: x_1 is a latent
-    stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, latents)
+    data = encode_all(vae, images)  # vs 04: µ and log σ² of all images, once
+    stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, *data)
     if stage.done < args.epochs:  # so this flow will change: its pairs and reflow are old
         shutil.rmtree(folder, ignore_errors=True)
         args.state["networks"].pop("reflow", None)
-    for (x1,) in stage:
+    for mu, logvar in stage:
+        x1 = vae.to_latent(mu, logvar)  # vs 04: x_1 is a latent
         x0 = torch.randn_like(x1)
         u = torch.rand(len(x1), device=x1.device)
         stage.step(flow_loss(stage.model, x0, x1, T_DENSITIES[args.flow_t](u)))

@@ -306,13 +306,14 @@ def test_the_loss_of_the_vae_by_hand():
 def test_latents_are_standardised_and_decoded_back():
     torch.manual_seed(0)
     vae, size = latent.VAE().eval(), torch.linspace(0.5, 4, 64)
-    mu = torch.randn(4000, 64) * size + 5 * size
+    mu, logvar = torch.randn(4000, 64) * size + 5 * size, torch.zeros(4000, 64) - 2
     vae.mean.copy_(5 * size)
-    vae.std.copy_(2 * size)
-    x0 = vae.to_latent(mu)
+    vae.std.copy_((size**2 + math.exp(-2)).sqrt())  # Var z = Var µ + E v
+    x0 = vae.to_latent(mu, logvar, seeded(1))
     assert x0.shape == (4000, 1, 8, 8)
-    assert x0.mean(0).abs().max() < 0.04 and (x0.std(0) - 0.5).abs().max() < 0.025  # 4 σ
-    assert torch.allclose(vae.to_images(x0[:9]), vae.decode(mu[:9]), atol=1e-5)
+    assert x0.mean(0).abs().max() < 0.07 and (x0.std(0) - 1).abs().max() < 0.05  # 4 σ
+    z = mu + math.exp(-1) * torch.randn(mu.shape, generator=seeded(1))  # σ = exp(log v / 2)
+    assert torch.allclose(vae.to_images(x0[:9]), vae.decode(z[:9]), atol=1e-5)
 
 
 def test_all_images_are_encoded_in_order():
