@@ -5,8 +5,8 @@ variational autoencoder (VAE) first learns to turn an image into 64 numbers, its
 back. Its encoder gives means µ and variances σ², and its decoder must rebuild the image from
 any draw z of N(µ, σ²). So nearby latents decode to similar images. A second term of the loss,
 the KL divergence, pulls every N(µ, σ²) towards N(0, I). At full weight, draws of N(0, I) would
-decode to blurred digits. At our small weight images are sharp, but most draws are no digits. So
-stage two trains the diffusion of 01 on the latents. To sample, turn noise into one, and decode.
+decode to blurred digits. At our small weight images are sharp, but few draws decode to digits.
+So stage two trains the diffusion of 01 on latents. To sample, turn noise into a latent, decode.
 
     q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         w = 1: minus their Eq. 10

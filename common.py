@@ -213,7 +213,7 @@ class Muon(torch.optim.AdamW):
     def step(self) -> None:
         group = self.param_groups[0]
         convolutions = [w for w in group["params"] if w.dim() == 4 and min(w.shape[:2]) >= 16]
-        for rows in {len(w) for w in convolutions}:  # those of as many rows in a batch
+        for rows in {len(w) for w in convolutions}:  # those with equally many rows together
             weights, key = [w for w in convolutions if len(w) == rows], f"{rows} rows"
             g = pad_sequence([w.grad.flatten(1).mT for w in weights], batch_first=True).mT
             mean = self.state[key] = self.state.get(key, 0 * g).to(g.device).lerp_(g, 0.05)
