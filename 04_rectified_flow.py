@@ -83,7 +83,7 @@ T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative 
     "logit-normal": lambda u: (2**0.5 * torch.erfinv(2 * u - 1)).sigmoid(),
     # most t near the ends, ∝ cosh(a (2t - 1)) with a = 4: Lee et al. 2024 (their code: a = 2)
     "u-shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(4)) / 8,
-    # a random half of all t is 0, where a sampler of one step asks; the others are u-shaped
+    # a random half of all t is 0, all that one step needs; the others are u-shaped
     "half-at-0": lambda u: T_DENSITIES["u-shaped"]((2 * u - 1).clamp(min=0)),
     "all-at-0": lambda u: 0 * u,  # distillation (Liu et al.), for one step alone
 }
@@ -187,15 +187,15 @@ def heun_solve(model, x0: Tensor, steps: int) -> Tensor:
 
 
 def straightness(model, x0: Tensor, steps: int) -> float:
-    """S of Liu et al. 2022, a mean over pixels, from noise x0 (B, ...) in Euler steps."""
+    """S of Liu et al. 2022, a mean over all values, in `steps` Euler steps from x0 (B, ...)."""
     velocities = []
     x1 = euler_sample(model, x0, steps, trace=lambda t, x, v: velocities.append(v))
     return torch.stack([(x1 - x0 - v).square().mean() for v in velocities]).mean().item()
 
 
 def make_pairs(model, n: int, steps: int, rng, device="cpu") -> tuple[Tensor, Tensor]:
-    """n pairs (x0, x1), (n, 1, 28, 28) each: noise x0 drawn from `rng`, and where the flow
-    takes it in Heun steps.
+    """n pairs (x0, x1), (n, 1, 28, 28) each: noise x0 drawn from `rng`, and the image
+    x1 that the flow makes of it in `steps` Heun steps.
     """
     x0 = torch.randn(n, 1, 28, 28, generator=rng).to(device)
     parts = x0.split(1000 if x0.is_cuda else 100)
@@ -213,16 +213,15 @@ def train(args) -> dict[str, nn.Module]:
         args.state["networks"].pop("reflow", None)
     for x1, _ in stage:
         x0 = torch.randn_like(x1)
-        u = torch.rand(len(x1), device=x1.device)
-        stage.step(flow_loss(stage.model, x0, x1, T_DENSITIES[args.flow_t](u)))
+        t = T_DENSITIES[args.flow_t](torch.rand(len(x1), device=x1.device))
+        stage.step(flow_loss(stage.model, x0, x1, t))
     flow = stage.ema
     pairs = load_pairs(args, common.as_function(flow, args), folder)
-    model, epochs = models["reflow"], args.reflow_epochs
-    model.load_state_dict(flow.state_dict())  # a copy, which --resume replaces
-    stage = common.Stage(args, "reflow", model, epochs, args.reflow_lr, *pairs)
+    reflow = models["reflow"]
+    reflow.load_state_dict(flow.state_dict())  # with --resume, Stage loads its own instead
+    stage = common.Stage(args, "reflow", reflow, args.reflow_epochs, args.reflow_lr, *pairs)
     for x0, x1 in stage:
-        u = torch.rand(len(x1), device=x1.device)
-        t = T_DENSITIES[args.reflow_t](u)
+        t = T_DENSITIES[args.reflow_t](torch.rand(len(x1), device=x1.device))
         stage.step(flow_loss(stage.model, x0.float(), x1.float(), t, error=F.l1_loss))
     return {"flow": flow, "reflow": stage.ema}
 

@@ -5,7 +5,7 @@ ten steps lose against a hundred. So a small classifier turns each image into 64
 its features. We compare the cloud of a sampler's images with that of the test digits: by
 the distance between Gaussians fitted to both; by the share of samples inside the cloud of
 digits (precision: are they digits?); by the share of digits inside the cloud of samples
-(recall: are all there?). Training digits score about what a perfect sampler would.
+(recall: are all there?). A perfect sampler would score about as training digits do.
 
     FD        = |µ_r - µ_g|² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)     Heusel et al. 2017, Eq. 6
     precision = share of φ_g with |φ_g - φ_r| ≤ R(φ_r) for some φ_r    Kynkäänniemi et al. 2019
@@ -16,19 +16,19 @@ digits (precision: are they digits?); by the share of digits inside the cloud of
     φ_r, φ_g        real, fake: features(judge, x)[0]  (10,000, 64), (N, 64): real, generated
     µ, Σ            mean and covariance of each        (64,), (64, 64), in frechet_distance
 
-Despite its name, FD is a squared distance, here to all test digits. Small sets score too
-high, so each size N has a table of its own, with the score of N training digits: the
-floor. Claims compare what is above it. Precision and recall compare N samples with N test
-digits. The sets, runs/*/eval_*.pt, come from the other scripts (--eval-samples), with times.
+FD, the Fréchet distance, is squared despite its name, and too large for a small set. So each
+size N has its own table, with the FD of N training digits: the floor. Claims on quality
+compare distances minus the floor. FD looks at all test digits, precision and recall at N.
+The sets, runs/*/eval_*.pt, come from the other scripts (--eval-samples), with their times.
 
     python 05_compare.py                       score what is in runs/: table, plots, verdicts
     python 05_compare.py --eval-samples 1000   the first 1,000 images of each set
     python 05_compare.py FILE.pt FOLDER        score these: a .pt, or a folder of 28x28 PNGs
-    python 05_compare.py --train-judge         train the classifier again (--dataset: another)
+    python 05_compare.py --train-judge         train the classifier again, on --dataset
 
 The classifier learned in 4 minutes on two cores of an AMD EPYC and reads 99.66% of the
-test digits. A high recall alone proves little: widely spread samples catch many digits.
-Faint pixels (1 to 15 of 255) are mostly noise; one column has the FD with them blackened.
+test digits. A high recall alone proves little: scattered samples have a large R. Faint pixels
+(1 to 15 of 255) are mostly noise; one column has the FD of samples with these blackened.
 """
 
 import statistics
@@ -51,11 +51,11 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument
     add("files", nargs="*", type=Path, metavar="FILE", help="a .pt, or a folder of PNGs")
     add("--train-judge", action="store_true", help="train the classifier of --dataset")
-    add("--runs", type=Path, help="results of the others (default: beside --out-dir)")
+    add("--runs", type=Path, help="results of the others; None: beside --out-dir")
     tiny = {"dataset": "synthetic", "train_images": 512, "epochs": 2, "batch_size": 32}
     look = parser.parse_args(argv)
-    shipped = not (look.train_judge or look.resume or look.fast_dev)
-    parser.set_defaults(eval_samples=10_000, sample_only=shipped)
+    training = look.train_judge or look.resume or look.fast_dev
+    parser.set_defaults(eval_samples=10_000, sample_only=not training)
     args = common.parse(parser, argv, tiny)
     args.runs = args.runs or args.out_dir.parent
     if args.eval_samples < 5:
@@ -128,8 +128,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     return share_inside(fake, real), share_inside(real, fake)
 
 
-@lru_cache(2)  # the same object again for the same n, so that radii finds it in its cache
-def evenly(points: Tensor, n: int) -> Tensor:  # MNIST's test digits stand in order of source
+@lru_cache(2)  # the same tensor again for the same n: radii looks it up by identity
+def evenly(points: Tensor, n: int) -> Tensor:  # the first n test digits are of easier writers
     return points[torch.arange(n, device=points.device) * len(points) // n]
 
 
@@ -157,7 +157,7 @@ def train(args) -> dict[str, nn.Module]:
     model, pixels = make_models(args)["judge"], torch.arange(28, device=args.device)
     stage = common.Stage(args, "judge", model, args.epochs, args.lr, images, labels)
     for x, y in stage:
-        rows, columns = (pixels + torch.randint_like(pixels[:2, None], -2, 3)) % 28
+        rows, columns = (pixels + torch.randint(-2, 3, (2, 1), device=args.device)) % 28
         x = x[:, :, rows[:, None], columns]
         stage.step(F.cross_entropy(stage.model(x), y, label_smoothing=0.05))
     return {"judge": stage.ema}
@@ -179,12 +179,12 @@ def load_set(path: Path, most: int) -> dict:
         samples |= {"shows": samples.get("args", {}).get("dataset", ""),
                     "network_calls": samples.get("network_calls", samples["steps"])}
         assert all(type(samples[key]) is str for key in ("method", "sampler", "shows"))
-        score_table([samples])  # fails where a figure is none
+        score_table([samples])  # fails where a figure is no number
         return samples | {k: samples[k][:most] for k in ("images", "labels") if k in samples}
 
 
 def add_notes(rows: list[dict], args) -> None:
-    """Why a row stays out: a miniature, not the usual machine, or unknown."""
+    """Why a row has no verdict: a miniature, not the usual machine, or unknown."""
     usual = statistics.mode([row.get("hardware") for row in rows if "args" in row] or [""])
     for row in rows:
         made = row.get("args", {})
@@ -194,8 +194,8 @@ def add_notes(rows: list[dict], args) -> None:
         row["note"] = ", ".join(note for note, applies in notes.items() if applies)
 
 
-LIKE = 1.25  # our reading of "almost as good": at most so many times the distance above the floor
-CLAIMS = [  # 1 to 5 of the report (README); its set, the one beside it, rules: key, sign, times
+LIKE = 1.25  # "as good": at most so many times the other's distance above the floor (our reading)
+CLAIMS = [  # 1 to 5: the report's, 6: ours. One set, the other, rules (key of both, sign, times)
     ("1a. DDIM-100 is many times faster than DDPM", ("diffusion", "DDIM", 100),
      ("diffusion", "DDPM", 1000), [("seconds", "<=", 0.2)]),
     ("1b. ... and almost as good", ("diffusion", "DDIM", 100),
@@ -219,8 +219,8 @@ CLAIMS = [  # 1 to 5 of the report (README); its set, the one beside it, rules: 
 
 def find(rows: list[dict], wanted: tuple) -> dict | None:
     """The first row of a method, sampler, number of steps and, if it is given, guidance."""
-    fits = (all(row.get(key) == x for key, x in zip(COLUMNS, wanted)) for row in rows)
-    return next((row for row, fit in zip(rows, fits) if fit), None)
+    fits = lambda row: all(row.get(key) == x for key, x in zip(COLUMNS, wanted))
+    return next(filter(fits, rows), None)
 
 
 def judge_claim(rows: list[dict], claim: str, one: tuple, two: tuple, rules: list) -> list[str]:
@@ -232,7 +232,7 @@ def judge_claim(rows: list[dict], claim: str, one: tuple, two: tuple, rules: lis
     a, b = find(rows, one), find(rows, two)
     lacking = [name for name, row in ((one_name, a), (two_name, b)) if not row]
     lacking = lacking or [names[k][0] for k, _, _ in rules if None in (a.get(k), b.get(k))]
-    if lacking:  # a set, or the times or labels of one
+    if lacking:  # no such set, or it has no times or labels
         return [claim, rule, "not measured", f"no {lacking[0]}"]
     holds = all(a[key] <= x * b[key] if sign == "<=" else a[key] >= x * b[key]
                 for key, sign, x in rules)
@@ -279,7 +279,7 @@ def draw(args, n: int, rows: list[dict], floor: dict) -> None:
     """Quality against network calls, time and guidance, for sets of n images."""
     for row in rows:
         row["line"] = f"{row['method']}, {row['sampler']}"
-        row["line"] += f", s = {row['guidance']:g}" if "guidance" in row else ""
+        row["line"] += f", s = {row['guidance']:g}" if row.get("guidance") is not None else ""
     for x, xlabel in (("network_calls", "network calls for an image"),
                       ("seconds", "seconds for 16 images")):
         if lines := curves(rows, x, "distance"):
@@ -313,15 +313,15 @@ def make_figures(args, judge: Judge) -> None:
     rows = [score(judge, real, made | ({"method": path} if args.files else {}))
             for path, made in tqdm(sets.items(), "sets") if path not in wrong]
     add_notes(rows, args)
-    order = ("note", "method", "sampler", "steps", "guidance")
-    rows.sort(key=lambda row: [row.get(key) or ("" if key in order[:3] else 0) for key in order])
+    key = lambda x: (x["note"], x["method"], x["sampler"], x["steps"] or 0, x.get("guidance") or 0)
+    rows.sort(key=key)
     for n in sorted({row["N"] for row in rows}) or [args.eval_samples]:
         chosen = [row for row in rows if row["N"] == n]
         training = {"images": common.to_uint8(images[:n]), "labels": labels[:n].cpu()}
         floor = score(judge, real, {"method": "training images"} | training)
         for row in chosen:
             row["above"] = row["distance"] - floor["distance"]
-        text += f"\nSets of N = {n:,} images:\n\n{score_table([*chosen, floor])}"
+        text += f"\nSets of N = {n:,}, floor of {floor['N']:,}:\n\n{score_table([*chosen, floor])}"
         if not args.files:
             chosen = [row for row in chosen if not row["note"]]
             draw(args, n, chosen, floor)

@@ -1,44 +1,43 @@
 """MeanFlow on MNIST: one step from noise to digits, without pairs.
 
-04 takes one step only after a reflow: it makes pairs of noise and image, and trains on
-these. MeanFlow learns one step from images alone. Its network does not predict the
-velocity at a point of the path, but the average velocity u from there to a later time r.
-Then one step of u from t = 0 to r = 1 reaches the image, however much the path bends. One
-pair of noise and image gives one noisy sample of v at one point. To average v, we would
-have to follow the path, in many steps. But u obeys a law at each point, with only v there
-and the change of u.
+For one step, 04 needs a reflow: it trains on pairs of noise and image that its flow made.
+MeanFlow learns one step from images alone. Its network does not predict the velocity at a
+point of the path, but the average velocity u from there to a later time r. Then one step of
+u from t = 0 to r = 1 reaches the image, however much the path bends. To average v, we would
+have to follow the path, in many steps. But u obeys a law at each point: it needs only v
+there and the change of u, and of this change the network itself has an estimate.
 
-    u(x_t, t, r) = 1/(r-t) ∫ v(x_s, s) ds, s = t ... r     Geng et al. 2025; dx_s = v ds
+    u(x_t, t, r) = 1/(r-t) ∫ v(x_s, s) ds, s = t ... r     Geng et al. 2025; the path: dx_s = v ds
     u(x_t, t, t) = v(x_t, t), the velocity of 04           the limit r → t
-    law:   u = v + (r-t) du/dt                             Geng et al., with our direction of time
+    law:   u = v + (r-t) du/dt                             their "MeanFlow identity", in our time
            du/dt = ∂u/∂x · v + ∂u/∂t, r fixed              the chain rule
-    loss = E log(‖(x_1 - x_0) + (r-t) du/dt - u_θ‖² + c)   c = 0.01; no gradient through du/dt
+    loss = E log(‖(x_1 - x_0) + (r-t) du_θ/dt - u_θ‖² + c) at x_t = (1-t) x_0 + t x_1
+           c = 0.01, ‖...‖² is a sum over pixels           no gradient through du_θ/dt
     sample: x_r = x_t + (r-t) u_θ(x_t, t, r)               one step: t = 0, r = 1
 
     paper           code                      shape
-    ε, x            x0, x1                    (B, 1, 28, 28), noise and image, as in 04
+    ε, x            x0, x1                    (B, 1, 28, 28), noise and image: x_0, x_1 as in 04
     t >= r          t <= r                    (B,) from 0, noise, to 1, data: 1 minus theirs
-    u_θ(x_t, t, r)  model(x_t, t, r)          (B, 1, 28, 28), minus theirs, as is v
+    u_θ(z_t, r, t)  model(x_t, t, r)          (B, 1, 28, 28), minus theirs, as is v
     du/dt           du_dt                     (B, 1, 28, 28), along the path
 
 Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate both sides by t
 along the path. As t is the lower end of the integral, -u + (r-t) du/dt = -v.
 
-v is the mean of x_1 - x_0 at x_t, so x_1 - x_0 may stand for v in the loss. In du/dt it
-does so in Geng et al. 2025, but is multiplied by ∂u/∂x, and its noise becomes large. There
-we take the network's own v, u_θ(x_t, t, t), as they do later (arXiv 2512.02012). After
-three epochs, one step scored 2.90 in place of 4.94 (Fréchet distance), though ten steps
-scored 0.710 in place of 0.477.
+v is the mean of x_1 - x_0 at x_t, so x_1 - x_0 may stand for v in the loss. Geng et al. 2025
+use it in du/dt, too, but there ∂u/∂x multiplies its noise. So in du/dt we take the network's
+own v, u_θ(x_t, t, t), as they do later (arXiv 2512.02012). After three epochs, one step
+scored 2.90, not 4.94 (Fréchet distance: lower is better), but ten steps 0.710, not 0.477.
 
-First we train a flow, as in 04. A copy of it then also takes r, as the gap r - t, which at
-first changes nothing, and learns u. For half of the images r = t: there the target is
-x_1 - x_0, as for the flow. (04's own flow predicts the image. From there, one step was
-worse.)
+First we train a flow, as in 04, but with v itself as output. (With the image, one step was
+worse.) A copy then also takes r, as the gap r - t, which at first changes nothing, and
+learns u. For half of the images r = t: there the target is x_1 - x_0, as for the flow.
 
 Why log? For each image, its gradient is that of the squared error, divided by that error
-+ c: Geng's adaptive weight with p = 1. Near t = 0, (r-t) du/dt is several times as large
-as v. Without the weight, and with more times near 0, such points ruined a training
-(RESULTS.md). The price: where targets differ, u leans to the common ones.
++ c: Geng's adaptive weight with p = 1. Near t = 0 the network's (r-t) du/dt is far too large,
+since its sinusoids of t are fast, and such times are rare. Without the weight, and with more
+times near 0, such points ruined a training (RESULTS.md). The price: where targets differ, u
+leans to the most frequent, away from their mean.
 
     python 06_meanflow.py                    flow and MeanFlow, for a GPU
 
@@ -69,7 +68,7 @@ def parse_args(argv: list[str] | None = None):
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
     add("--steps", type=count, nargs="+", default=[1, 2, 5, 10], help="of the sampler")
     add("--equal", type=number(float, 0, 1), default=0.5, help="share of images with r = t")
-    add("--tangent", choices=["own", "pair"], default="own", help="v in du/dt: of u, or x_1 - x_0")
+    add("--tangent", choices=["own", "pair"], default="own", help="v in du/dt: own, or x_1 - x_0")
     add("--derivative", choices=["difference", "jvp"], default="difference", help="for du/dt")
     add("--meanflow-epochs", type=count, default=18, help="passes for MeanFlow")
     add("--meanflow-lr", type=number(float, 1e-9), default=1e-3, help="peak rate there")
@@ -133,20 +132,20 @@ def make_models(args) -> dict[str, nn.Module]:
 def draw_times(n: int, equal: int, rng=None, device="cpu") -> tuple[Tensor, Tensor]:
     """t <= r, (n,) each: the smaller and the larger of two logit-normal draws.
 
-    For the first `equal` of them r = t. Times near 0 and 1 are rare, and both together almost
-    never drawn: for one step, from 0 to 1, the network has to extrapolate.
+    For the first `equal` of them r = t. Times near 0 and 1 are rare, and a pair of both almost
+    never comes: for one step, from 0 to 1, the network has to extrapolate.
     """
     times = torch.randn(2, n, generator=rng, device=device).sigmoid()
     times[1, :equal] = times[0, :equal]
-    return times.min(0).values, times.max(0).values
+    return times.amin(0), times.amax(0)
 
 
 @torch.no_grad()
 def total_derivative(model, x: Tensor, t: Tensor, r: Tensor, v: Tensor, by: str) -> Tensor:
     """du/dt = ∂u/∂x · v + ∂u/∂t at x (B, ...), t and r (B,): the change of u along the path.
 
-    "jvp", as in Geng et al., is exact, but slower, and it follows the fast wiggles of the
-    sinusoids of t. "difference" is its mean from 0.01 before to 0.01 after.
+    "jvp", a Jacobian-vector product as in Geng et al., is exact, but slower, and it follows the
+    fast wiggles of the sinusoids of t. "difference" is its mean from t - 0.01 to t + 0.01.
     """
     if by == "jvp":
         with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no jvp
@@ -159,18 +158,18 @@ def meanflow_loss(
     model, x0: Tensor, x1: Tensor, t: Tensor, r: Tensor, equal=0, tangent="own",
     by="difference", adaptive=True,
 ) -> Tensor:
-    """The loss of Geng et al. 2025; or, if not `adaptive`, its squared error alone.
+    """The loss above (Geng et al. 2025); or, if not `adaptive`, its squared error alone.
 
     x0, noise, and x1, data: (B, ...); t <= r: (B,) in [0, 1], with r = t for the first
-    `equal`. v in du/dt is the network's own, u(x_t, t, t), or that of the "pair", x1 - x0.
+    `equal`. v in du/dt, the tangent, is the network's own, u(x_t, t, t), or the "pair"'s, x1 - x0.
     """
     t_ = t.view(-1, *[1] * (x0.dim() - 1))
     x_t, target = (1 - t_) * x0 + t_ * x1, x1 - x0
     with torch.no_grad():
-        x, t1, r1 = x_t[equal:], t[equal:], r[equal:]  # the others: there r - t = 0
-        v = model(x, t1, t1) if tangent == "own" else target[equal:]
-        du_dt = total_derivative(model, x, t1, r1, v, by)
-        target[equal:] += (r1 - t1).view_as(t_[equal:]) * du_dt
+        x, t_gap, r_gap = x_t[equal:], t[equal:], r[equal:]  # where t < r
+        v = model(x, t_gap, t_gap) if tangent == "own" else target[equal:]
+        du_dt = total_derivative(model, x, t_gap, r_gap, v, by)
+        target[equal:] += (r_gap - t_gap).view_as(t_[equal:]) * du_dt
     error = (target - model(x_t, t, r)).square().flatten(1).sum(1)
     return (error + 0.01).log().mean() if adaptive else error.mean()
 
@@ -188,7 +187,7 @@ def meanflow_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
     for t, r in tqdm(list(pairwise(even_times(steps))), "MeanFlow", leave=False, delay=2):
         if trace:
             trace(t, x)
-        t_, r_ = (torch.full((len(x),), time, device=x.device) for time in (t, r))
+        t_, r_ = x.new_full((len(x),), t), x.new_full((len(x),), r)
         x = x + (r - t) * model(x, t_, r_)
     return x
 
@@ -203,9 +202,9 @@ def train(args) -> dict[str, nn.Module]:
         args.state["networks"].pop("meanflow", None)
     for x1, _ in stage:
         x0 = torch.randn_like(x1)
-        t = torch.randn(len(x1), device=x1.device).sigmoid()  # logit-normal, as in 04
-        t_ = t.view(-1, 1, 1, 1)
-        stage.step(F.mse_loss(stage.model((1 - t_) * x0 + t_ * x1, t), x1 - x0))
+        t = torch.randn(len(x1), 1, 1, 1, device=x1.device).sigmoid()  # logit-normal, as in 04
+        x_t = (1 - t) * x0 + t * x1
+        stage.step(F.mse_loss(stage.model(x_t, t.flatten()), x1 - x0))
     flow, model = stage.ema, models["meanflow"]
     model.load_state_dict(flow.state_dict())  # a copy, which --resume replaces
     epochs, lr = args.meanflow_epochs, args.meanflow_lr
@@ -239,7 +238,7 @@ def draw_path(args, net, x0: Tensor) -> None:
     x1 = meanflow_sample(net, x0[:8], 20, trace=lambda t, x: path.append((t, x)))
     film = []
     for t, x in path:
-        t_, r_ = (torch.full((len(x),), time, device=x.device) for time in (t, 1.0))
+        t_, r_ = x.new_full((len(x),), t), x.new_full((len(x),), 1)
         film.append(torch.cat([x, x + (1 - t) * net(x, t_, r_)]))
     film.append(torch.cat([x1, x1]))
     common.save_gif(film, args.out_dir / "path.gif", columns=8)
