@@ -313,15 +313,15 @@ def make_figures(args, judge: Judge) -> None:
     rows = [score(judge, real, made | ({"method": path} if args.files else {}))
             for path, made in tqdm(sets.items(), "sets") if path not in wrong]
     add_notes(rows, args)
-    key = lambda x: (x["note"], x["method"], x["sampler"], x["steps"] or 0, x.get("guidance") or 0)
-    rows.sort(key=key)
+    order = lambda row: [row.get(key) or 0 for key in ("steps", "guidance")]
+    rows.sort(key=lambda row: (row["note"], row["method"], row["sampler"], *order(row)))
     for n in sorted({row["N"] for row in rows}) or [args.eval_samples]:
         chosen = [row for row in rows if row["N"] == n]
         training = {"images": common.to_uint8(images[:n]), "labels": labels[:n].cpu()}
         floor = score(judge, real, {"method": "training images"} | training)
         for row in chosen:
             row["above"] = row["distance"] - floor["distance"]
-        text += f"\nSets of N = {n:,}, floor of {floor['N']:,}:\n\n{score_table([*chosen, floor])}"
+        text += f"\nSets of N = {n:,} (floor: {floor['N']:,}):\n\n{score_table([*chosen, floor])}"
         if not args.files:
             chosen = [row for row in chosen if not row["note"]]
             draw(args, n, chosen, floor)
