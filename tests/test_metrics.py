@@ -338,6 +338,14 @@ def test_only_the_first_n_of_each_set_count_if_n_is_given(judge, tmp_path):
     assert scores[0]["Fréchet distance"] == scores[1]["Fréchet distance"]
 
 
+def test_a_floor_of_fewer_digits_than_the_set_says_so_and_guidance_may_be_none(judge, tmp_path):
+    write_set(tmp_path / "runs" / "01_ddpm_ddim", "DDIM", 40, 2.0, guidance=None)
+    args = compare.parse_args(options(tmp_path / "out", "--runs", str(tmp_path / "runs"),
+                                      "--train-images", "30"))
+    compare.make_figures(args, judge)
+    assert "N = 40 (floor: 30)" in (tmp_path / "out" / "comparison.md").read_text()
+
+
 def test_without_any_sets_the_floor_stands_alone(judge, tmp_path):
     args = compare.parse_args(options(tmp_path / "out", "--runs", str(tmp_path / "nothing")))
     compare.make_figures(args, judge)
