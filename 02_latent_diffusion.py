@@ -120,7 +120,7 @@ def encode_all(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class UNet(nn.Module):
-    """(B, 1, H, W), H and W multiples of 4, times (B,) from 0 to t_max -> (B, 1, H, W)."""
+    """x_t (B, 1, H, W), H and W multiples of 4, t (B,) from 0 to t_max -> v (B, 1, H, W)."""
 
     def __init__(self, width: int, t_max: float):
         super().__init__()
@@ -194,8 +194,8 @@ class Schedule(NamedTuple):
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
 
-    Nichol & Dhariwal 2021, Eq. 17, but φ_t stops 0.01 before 0 and π/2, for any T: some
-    noise is left at t = 0, since the samplers divide by 1-ᾱ_t, and some signal at t = T-1.
+    Nichol & Dhariwal 2021, Eq. 17, but φ_t runs from 0.01 to π/2 - 0.01, for any T:
+    some noise is left at t = 0, for the samplers divide by 1-ᾱ_t, and some signal at t = T-1.
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # first ᾱ_t; α_t and β_t follow from it

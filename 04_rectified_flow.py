@@ -2,20 +2,20 @@
 
 CAREFUL: x_0 was the image in 01. Here x_0 is the NOISE, and x_1 is the image.
 
-Pair every image with a noise and draw a straight line between them. A network learns
-the velocity of the lines, x_1 - x_0, at each point and time; where lines cross, it learns
-their mean. To sample, follow this velocity from a new noise. The path bends, so this takes
-many small steps. Reflow makes the paths straighter: pair each of many noises with the image
-at the end of its path, and train a copy of the network on these pairs. Two paths never
-meet, since each point and time has one velocity, and the lines of these pairs hardly cross.
-Then one step gets near the end.
+Pair each image with random noise, new each time, and draw a straight line between them. A
+network learns the velocity of the lines, x_1 - x_0, at each point and time; where lines
+cross, it learns their mean. To sample, follow this velocity from a new noise. The path bends,
+so this takes many small steps. Reflow makes the paths straighter: pair each of many noises
+with the image at the end of its path, and train a copy of the network on these pairs. Each
+point and time has one velocity, so two paths never meet, and the lines between their ends
+hardly cross. Then one step gets near the end.
 
     x_t    = (1-t) x_0 + t x_1                                    Liu et al. 2022, section 2.1
-    loss   = E ‖(x_1 - x_0) - v_θ(x_t, t)‖², t by --flow-t        Liu, Eq. 1, with uniform t
+    loss   = E ‖(x_1 - x_0) - v_θ(x_t, t)‖², t by --flow-t        Liu, Eq. 1: t is uniform
     v_θ    = (x̂_1 - x_t) / (1-t), x̂_1 from the last layer         Li & He 2025, "x-prediction"
     Euler:   z_{t+1/N} = z_t + v_θ(z_t, t) / N from z_0 = x_0     Liu: the path to an image z_1
-    reflow:  E ‖(z_1 - z_0) - v_θ((1-t) z_0 + t z_1, t)‖₁         Liu, section 2.1, has ‖...‖²
-    S      = E ‖(z_1 - z_0) - v_θ(z_t, t)‖² on the path           Liu; 0 if straight and even
+    reflow:  E ‖(z_1 - z_0) - v_θ((1-t) z_0 + t z_1, t)‖₁         Liu: ‖...‖²; t by --reflow-t
+    S      = E ‖(z_1 - z_0) - v_θ(z_t, t)‖² on the path           Liu; 0 if straight and steady
 
     paper           code                      shape
     x_0, z_0        x0, noise                 (B, 1, 28, 28)
@@ -24,21 +24,21 @@ Then one step gets near the end.
     x̂_1             image, in UNet.forward    (B, 1, 28, 28)
     v_θ(x_t, t)     v = model(x_t, t)         (B, 1, 28, 28)
 
-The code takes means over pixels. Lines between random pairs cross, so the loss never gets
-to 0.
+x_t is on a line, z_t on a path; the code writes x for both, and takes means over pixels.
+Lines between random pairs cross, so the loss never gets to 0.
 
 Why does the network draw an image, and not v itself? A step has to remove noise. For that
 v must contain the noise, pixel by pixel, and a network does not copy exactly: some grey
-stayed in the black. Now the last step, z_t + (1-t) v_θ, is x̂_1 itself, and black is easy
-to draw. In a shorter training than below, one step after the reflow had a Fréchet distance
-of 0.917, and of 1.71 with v from the last layer (RESULTS.md).
+stays in the black. If it draws x̂_1, then the last step, z_t + (1-t) v_θ, ends at x̂_1 itself,
+and black is easy to draw. After a shorter reflow than below, one step had a Fréchet distance
+of 0.917, and of 1.71 with v from the last layer; but the flow was a little worse (RESULTS.md).
 
     python 04_rectified_flow.py                 flow, pairs and reflow, for a GPU
 
-Trained with these options on an NVIDIA H200: Fréchet distances of 5,000 samples (real
-digits have 0.058), and S of 16 paths in 100 steps:
+Trained by this command on an NVIDIA H200: Fréchet distances of 5,000 samples (real digits
+have 0.058), and S of 16 paths in 100 steps:
     Euler steps   1      2      5      10     100    S
-    flow          53.2   7.82   1.12   0.598  0.313  0.081
+    flow          53.2   7.82   1.12   0.598  0.311  0.081
     reflow        0.740  0.662  0.584  0.540  0.484  0.0023
 So one step after the reflow is better than five before it.
 """
@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None):
     add("--pairs", type=count, default=120_000, help="pairs of noise and image to make")
     add("--pair-steps", type=count, default=10, help="Heun steps to make a pair")
     add("--reflow-epochs", type=count, default=10, help="passes over all the pairs")
-    add("--reflow-lr", type=number(float, 1e-9), default=1e-3, help="peak rate there")
+    add("--reflow-lr", type=number(float, 1e-9), default=1e-3, help="peak rate of the reflow")
     tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
             "width": 8, "steps": [1, 2, 5], "eval_samples": 20, "pairs": 256,
             "pair_steps": 3, "reflow_epochs": 4}
@@ -83,17 +83,17 @@ T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative 
     "logit-normal": lambda u: (2**0.5 * torch.erfinv(2 * u - 1)).sigmoid(),
     # most t near the ends, ∝ cosh(a (2t - 1)) with a = 4: Lee et al. 2024 (their code: a = 2)
     "u-shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(4)) / 8,
-    # a random half of all t is 0, all that one step needs; the others are u-shaped
+    # half of all t are 0, the only t that one step uses; the others are u-shaped
     "half-at-0": lambda u: T_DENSITIES["u-shaped"]((2 * u - 1).clamp(min=0)),
     "all-at-0": lambda u: 0 * u,  # distillation (Liu et al.), for one step alone
 }
 
 
-TIME_LEFT = 0.05  # in training, v is divided by 1 - t or, if that is less, by this (Li & He)
+TIME_LEFT = 0.05  # in training, the least 1 - t that we divide by (Li & He)
 
 
 class UNet(nn.Module):
-    """x_t (B, 1, H, W), H and W multiples of 4, and t (B,) from 0 to 1 -> v (B, 1, H, W)."""
+    """x_t (B, 1, H, W), H and W multiples of 4, t (B,) from 0 to below 1 -> v (B, 1, H, W)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -131,7 +131,7 @@ class UNet(nn.Module):
         h = self.up0_to_1(F.interpolate(h, scale_factor=2.0))  # (B, c1, H, W)
         h = self.up1(torch.cat([h, h0], dim=1), emb)
         image = self.conv_out(F.silu(self.norm_out(h)))  # vs 01: not returned as it is
-        left = (1 - t).clamp(min=TIME_LEFT if self.training else 0)  # samplers ask before t = 1
+        left = (1 - t).clamp(min=TIME_LEFT) if self.training else 1 - t  # samplers need no t = 1
         return (image - x) / left.view(-1, 1, 1, 1)  # the v that takes x to the image by t = 1
 
 
@@ -143,13 +143,13 @@ def make_models(args) -> dict[str, nn.Module]:
 def flow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, error=F.mse_loss) -> Tensor:
     """The error of v on the line from x0 to x1: Liu et al. 2022, Eq. 1.
 
-    x0, noise, and x1, data: (B, ...); t: (B,) in [0, 1]. The squared error makes v the mean
+    x0 (noise) and x1 (data): (B, ...); t: (B,) in [0, 1]. The squared error makes v the mean
     where lines cross. Those of a reflow hardly cross; there F.l1_loss gave better images.
     """
     t_ = t.view(-1, *[1] * (x0.dim() - 1))
     x_t = (1 - t_) * x0 + t_ * x1
-    v = (x1 - x_t) / (1 - t_).clamp(min=TIME_LEFT)  # x1 - x0; after 0.95 divided as in UNet
-    return error(model(x_t, t), v)
+    target = (x1 - x_t) / (1 - t_).clamp(min=TIME_LEFT)  # x1 - x0; after 0.95 less, as in UNet
+    return error(model(x_t, t), target)
 
 
 def even_times(steps: int) -> list[float]:
@@ -172,9 +172,9 @@ def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 @torch.no_grad()
 def heun_solve(model, x0: Tensor, steps: int) -> Tensor:
-    """As euler_sample, but more exact, with an error of O(1 / steps²) for smooth v, by Heun's
-    method: try an Euler step, then step by the mean of the velocities at both ends. The last
-    step is Euler's, for v may have no value at t = 1 (as in Karras et al. 2022, Algorithm 1).
+    """As euler_sample, but by Heun's method: try an Euler step, then step by the mean of the
+    velocities at both ends. For smooth v the error is O(1 / steps²). The last step is Euler's,
+    since v may have no value at t = 1 (as in Karras et al. 2022, Algorithm 1).
     """
     x = x0
     for t, t_next in pairwise(even_times(steps)):
@@ -235,8 +235,8 @@ def load_pairs(args, net, folder: Path) -> tuple[Tensor, Tensor]:
         path = folder / f"{start}_to_{end}_by_{args.pair_steps}_steps_{args.seed}.pt"
         if not path.exists():
             rng = torch.Generator().manual_seed(args.seed + 1000 + start)  # not the figures' noise
-            pair = make_pairs(net, end - start, args.pair_steps, rng, args.device)
-            common.save(path, {"x0": pair[0].half().cpu(), "x1": pair[1].half().cpu()})
+            x0, x1 = make_pairs(net, end - start, args.pair_steps, rng, args.device)
+            common.save(path, {"x0": x0.half().cpu(), "x1": x1.half().cpu()})
         with common.one_line_error(f"{path} is broken: delete it, and --resume"):
             pairs.append(torch.load(path, map_location=args.device, weights_only=True))
     return tuple(torch.cat([pair[side] for pair in pairs]) for side in ("x0", "x1"))

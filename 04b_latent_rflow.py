@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None):
     add("--pairs", type=count, default=60_000, help="pairs of noise and latent to make")
     add("--pair-steps", type=count, default=20, help="Heun steps to make a pair")
     add("--reflow-epochs", type=count, default=10, help="passes over all the pairs")
-    add("--reflow-lr", type=number(float, 1e-9), default=1e-3, help="peak rate there")
+    add("--reflow-lr", type=number(float, 1e-9), default=1e-3, help="peak rate of the reflow")
     tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
             "width": 8, "steps": [1, 2, 5], "eval_samples": 20, "pairs": 256,
             "pair_steps": 3, "reflow_epochs": 4}
@@ -69,7 +69,7 @@ T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative 
     "logit-normal": lambda u: (2**0.5 * torch.erfinv(2 * u - 1)).sigmoid(),
     # most t near the ends, ∝ cosh(a (2t - 1)) with a = 4: Lee et al. 2024 (their code: a = 2)
     "u-shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(4)) / 8,
-    # a random half of all t is 0, all that one step needs; the others are u-shaped
+    # half of all t are 0, the only t that one step uses; the others are u-shaped
     "half-at-0": lambda u: T_DENSITIES["u-shaped"]((2 * u - 1).clamp(min=0)),
     "all-at-0": lambda u: 0 * u,  # distillation (Liu et al.), for one step alone
 }
@@ -138,7 +138,7 @@ def encode_all(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class UNet(nn.Module):
-    """(B, 1, H, W), H and W multiples of 4, times (B,) from 0 to t_max -> (B, 1, H, W)."""
+    """x_t (B, 1, H, W), H and W multiples of 4, t (B,) from 0 to t_max -> v (B, 1, H, W)."""
 
     def __init__(self, width: int, t_max: float):
         super().__init__()
@@ -187,7 +187,7 @@ def make_models(args) -> dict[str, nn.Module]:
 def flow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, error=F.mse_loss) -> Tensor:
     """The error of v on the line from x0 to x1: Liu et al. 2022, Eq. 1.
 
-    x0, noise, and x1, data: (B, ...); t: (B,) in [0, 1]. The squared error makes v the mean
+    x0 (noise) and x1 (data): (B, ...); t: (B,) in [0, 1]. The squared error makes v the mean
     where lines cross. Those of a reflow hardly cross; there F.l1_loss is as good (in 04 better).
     """
     t_ = t.view(-1, *[1] * (x0.dim() - 1))
@@ -215,9 +215,9 @@ def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 @torch.no_grad()
 def heun_solve(model, x0: Tensor, steps: int) -> Tensor:
-    """As euler_sample, but more exact, with an error of O(1 / steps²) for smooth v, by Heun's
-    method: try an Euler step, then step by the mean of the velocities at both ends. The last
-    step is Euler's, for v may have no value at t = 1 (as in Karras et al. 2022, Algorithm 1).
+    """As euler_sample, but by Heun's method: try an Euler step, then step by the mean of the
+    velocities at both ends. For smooth v the error is O(1 / steps²). The last step is Euler's,
+    since v may have no value at t = 1 (as in Karras et al. 2022, Algorithm 1).
     """
     x = x0
     for t, t_next in pairwise(even_times(steps)):
@@ -293,8 +293,8 @@ def load_pairs(args, net, folder: Path) -> tuple[Tensor, Tensor]:
         path = folder / f"{start}_to_{end}_by_{args.pair_steps}_steps_{args.seed}.pt"
         if not path.exists():
             rng = torch.Generator().manual_seed(args.seed + 1000 + start)  # not the figures' noise
-            pair = make_pairs(net, end - start, args.pair_steps, rng, args.device)
-            common.save(path, {"x0": pair[0].half().cpu(), "x1": pair[1].half().cpu()})
+            x0, x1 = make_pairs(net, end - start, args.pair_steps, rng, args.device)
+            common.save(path, {"x0": x0.half().cpu(), "x1": x1.half().cpu()})
         with common.one_line_error(f"{path} is broken: delete it, and --resume"):
             pairs.append(torch.load(path, map_location=args.device, weights_only=True))
     return tuple(torch.cat([pair[side] for pair in pairs]) for side in ("x0", "x1"))

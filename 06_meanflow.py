@@ -160,7 +160,7 @@ def meanflow_loss(
 ) -> Tensor:
     """The loss above (Geng et al. 2025); or, if not `adaptive`, its squared error alone.
 
-    x0, noise, and x1, data: (B, ...); t <= r: (B,) in [0, 1], with r = t for the first
+    x0 (noise) and x1 (data): (B, ...); t <= r: (B,) in [0, 1], with r = t for the first
     `equal`. v in du/dt, the tangent, is the network's own, u(x_t, t, t), or the "pair"'s, x1 - x0.
     """
     t_ = t.view(-1, *[1] * (x0.dim() - 1))
