@@ -47,7 +47,8 @@ MeanFlow have these Fréchet distances of 5,000 samples (real digits have 0.058)
     flow            50.3   5.36   0.962  0.543
     MeanFlow        1.50   0.891  0.592  0.615
 MeanFlow learned for as long as 04 makes pairs and learns from them, 100 seconds.
-The reflow of 04, from its own flow, is better: 0.740 with one step, 0.662 with two.
+The reflow of 04, from its own flow, is better: 0.740 with one step, 0.662 with two. So is
+one from the very same flow, in 25 minutes of a CPU's core: 1.49 twice, MeanFlow 2.58 and 3.56.
 """
 
 from itertools import pairwise
