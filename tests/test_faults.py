@@ -241,3 +241,9 @@ def test_timings_that_are_cut_off(tmp_path):
                           check=False, capture_output=True)
     assert done.returncode == 1 and "01_ddpm_ddim/timings.json is broken" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_vae_that_does_not_fit_is_blamed_on_the_file_that_it_comes_from(tmp_path):
+    args = latent_flow.parse_args(options(tmp_path))
+    args.state = {"networks": {"vae": {}}, "path": "ours.pt"}  # as after --resume
+    assert "ours.pt" in one_line(latent_flow.load_vae, args, latent_flow.VAE())
