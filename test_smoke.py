@@ -206,7 +206,7 @@ def test_bad_input_ends_in_one_line(tmp_path):
 
 def test_shipped_weights_draw_without_data(tmp_path):
     cases = [("02_latent_diffusion", ["--timesteps", "10", "--ddim-steps", "9"], 3),
-             ("04b_latent_rflow", ["--steps", "1", "2"], 4)]
+             ("04b_latent_rflow", ["--steps", "1", "2", "--ab2-steps", "4"], 5)]
     processes = [start(script, "--sample-only", *more, cwd=tmp_path) for script, more, _ in cases]
     for process, (script, _, n) in zip(processes, cases):
         assert f"weights/{script}.pt" in end(process)
@@ -241,7 +241,8 @@ def test_05_reports_on_the_runs_there_are(fast_dev, tmp_path):
     found = [(row["method"], row["sampler"], row["steps"]) for row in rows]
     for row in [("diffusion", "DDIM", "2"), ("diffusion", "DDPM", "20"),
                 ("latent diffusion", "DDIM", "10"), ("guided diffusion", "DDIM", "10"),
-                ("rectified flow", "Euler", "5"), ("reflow", "Euler", "1"),
+                ("rectified flow", "Euler", "5"), ("rectified flow", "AB2", "4"),
+                ("reflow", "Euler", "1"), ("latent flow", "AB2", "4"),
                 ("latent flow", "Euler", "5"), ("latent reflow", "Euler", "1"),
                 ("MeanFlow", "MeanFlow", "1")]:
         assert row in found

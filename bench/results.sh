@@ -24,8 +24,8 @@ if [ "${1-}" = --dry-run ]; then
     done
     small[01_ddpm_ddim]+=" --ddim-sweep 1"
     small[03_cfg]+=" --guidance-sweep 1"
-    small[04_rectified_flow]="--steps 1" small[04b_latent_rflow]="--steps 1"
-    small[06_meanflow]="--steps 1"
+    small[04_rectified_flow]="--steps 1 --ab2-steps 1"
+    small[04b_latent_rflow]=${small[04_rectified_flow]} small[06_meanflow]="--steps 1"
     small[05_compare]="--fast-dev --epochs 1"
 fi
 mkdir -p "$out"

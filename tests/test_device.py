@@ -16,7 +16,7 @@ import common
 
 STEPS = ["--timesteps", "4", "--ddim-steps", "2"]
 PAIRS = ["--pairs", "64", "--pair-steps", "1", "--reflow-epochs", "1",
-         "--steps", "1", "2"]
+         "--steps", "1", "2", "--ab2-steps", "4"]
 MORE = {"01_ddpm_ddim": [*STEPS, "--ddim-sweep", "1"],
         "02_latent_diffusion": [*STEPS, "--vae-epochs", "1"],
         "03_cfg": [*STEPS, "--guidance", "3", "--guidance-sweep", "0"],

@@ -174,8 +174,8 @@ def test_each_script_learns_samples_resumes_and_draws_a_folder(
     monkeypatch.setattr(common, "save_grid", lambda *rest, **named: (
         seen.append(str((rest[1:], named))), save_grid(*rest, **named)))
     common_options = ["--device", "cpu", "--batch-size", "8", "--dataset", "shapes", *TINY]
-    more = OPTIONS.get(module, ["--steps", "1", "--pairs", "16", "--pair-steps", "1",
-                                "--reflow-epochs", "1"])
+    more = OPTIONS.get(module, ["--steps", "1", "--ab2-steps", "3", "--pairs", "16",
+                                "--pair-steps", "1", "--reflow-epochs", "1"])
     if module is latent_flow:
         vae = ["--vae-epochs", "1", *STEPS]
         assert "shapes/02_latent_diffusion/checkpoint.pt" in one_line(

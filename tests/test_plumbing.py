@@ -635,7 +635,7 @@ def test_a_reflow_starts_from_the_flow_and_learns_from_its_pairs(module, tmp_pat
     torch.testing.assert_close(start, trained, rtol=0, atol=1e-6)  # with hardly any learning rate
     pairs = torch.load(next((tmp_path / "pairs").glob("*.pt")), weights_only=True)
     net = common.as_function(networks["flow"], args)
-    ends = module.heun_solve(net, pairs["x0"].float(), 3)
+    ends = module.adams_sample(net, pairs["x0"].float(), 3)
     assert torch.allclose(ends, pairs["x1"].float(), atol=0.01)
     assert not torch.allclose(ends, pairs["x0"].float(), atol=0.1)  # it does move
     monkeypatch.delattr(module, "make_pairs")  # for --resume uses those that are there
