@@ -14,7 +14,7 @@ hardly cross. Then one step gets near the end.
     loss   = E ‖(x_1 - x_0) - v_θ(x_t, t)‖², t by --flow-t        Liu, Eq. 1: t is uniform
     v_θ    = (x̂_1 - x_t) / (1-t), x̂_1 from the last layer         Li & He 2025, "x-prediction"
     Euler:   z_{t+1/N} = z_t + v_θ(z_t, t) / N from z_0 = x_0     Liu: the path to an image z_1
-    AB2:     z_{t+h} = z_t + h (v_θ + h/2 dv_θ/dt)                Adams-Bashforth, two steps
+    AB2:     z_{t+h} = z_t + h (v + h/2 (v - v_old) / h_old)      Adams-Bashforth, two-step
     reflow:  E ‖(z_1 - z_0) - v_θ((1-t) z_0 + t z_1, t)‖₁         Liu: ‖...‖²; t by --reflow-t
     S      = E ‖(z_1 - z_0) - v_θ(z_t, t)‖² on the path           Liu; 0 if straight and steady
 
@@ -34,9 +34,9 @@ stays in the black. If it draws x̂_1, then the last step, z_t + (1-t) v_θ, end
 and black is easy to draw. After a shorter reflow than below, one step had a Fréchet distance
 of 0.917, and of 1.71 with v from the last layer; but the flow was a little worse (RESULTS.md).
 
-Euler's step follows the velocity at its start, although the path bends. AB2 follows that in
-the middle of the step. It needs no further call of the network for it, since the last two
-velocities tell how v changes. And its steps are shorter near the noise, where paths bend most.
+Euler's step takes the velocity at its start, although the path bends. AB2 takes the velocity
+in the middle of the step: v here and v one step ago tell how it changes, without another call
+of the network. And our AB2 has shorter steps near the noise, where paths bend most.
 
     python 04_rectified_flow.py                 flow, pairs and reflow, for a GPU
 
@@ -44,9 +44,9 @@ Trained with the default options on an NVIDIA H200 (but the pairs came from 10 s
 method, RESULTS.md): Fréchet distances of 5,000 samples (real digits have 0.058), and S of 16
 paths in 100 steps of Euler:
     steps         1      2      5      10     100    S
-    flow          53.2   7.82   1.12   0.598  0.311  0.081
+    flow, Euler   53.2   7.82   1.12   0.598  0.311  0.081
     flow, AB2                   0.440  0.323
-    reflow        0.740  0.662  0.584  0.540  0.484  0.0023
+    reflow, Euler 0.740  0.662  0.584  0.540  0.484  0.0023
 So one step after the reflow is better than five of Euler's before it, but not than five of AB2.
 """
 
@@ -181,9 +181,9 @@ def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 @torch.no_grad()
 def adams_sample(model, x0: Tensor, steps: int, shift: float = 2.0) -> Tensor:
     """As euler_sample, but a step takes the velocity at its middle, extrapolated from this one
-    and the last: Adams-Bashforth, O(1 / steps²) for smooth v. `shift` makes the first steps so
-    many times shorter, for the path bends early (Esser et al. 2024, Eq. 23, with 1-t for t).
-    The first and the last step are Euler's: in pixels the path then ends at x̂_1, without noise.
+    and the last: Adams-Bashforth, O(1 / steps²) for smooth v. Steps near t = 0 are up to `shift`
+    times shorter, since paths bend early (Esser et al. 2024, Eq. 23, with 1-t for t). The first
+    step is Euler's, and so is the final one: in pixels it ends at x̂_1, without noise.
     """
     x, v_old, h_old = x0, None, None
     for t, t_next in pairwise([t / (shift - (shift - 1) * t) for t in even_times(steps)]):
@@ -264,7 +264,7 @@ def make_figures(args, flow: nn.Module, reflow: nn.Module) -> None:
             ("rectified flow", "AB2", adams_sample, args.ab2_steps),
             ("reflow", "Euler", euler_sample, args.steps)):
         for n in sorted({*numbers}):
-            name = f"{method}{', AB2' * (sampler == 'AB2')}, {n} step{'s' * (n > 1)}"
+            name = f"{method}, {sampler}, {n} step{'s' * (n > 1)}"
             made = {"name": name, "method": method, "sampler": sampler, "steps": n}
             samplers.append((made, lambda x, rng, net=nets[method], solve=solve, n=n:
                              solve(net, x, n)))

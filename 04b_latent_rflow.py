@@ -217,9 +217,9 @@ def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 @torch.no_grad()
 def adams_sample(model, x0: Tensor, steps: int, shift: float = 2.0) -> Tensor:
     """As euler_sample, but a step takes the velocity at its middle, extrapolated from this one
-    and the last: Adams-Bashforth, O(1 / steps²) for smooth v. `shift` makes the first steps so
-    many times shorter, for the path bends early (Esser et al. 2024, Eq. 23, with 1-t for t).
-    The first and the last step are Euler's: in pixels the path then ends at x̂_1, without noise.
+    and the last: Adams-Bashforth, O(1 / steps²) for smooth v. Steps near t = 0 are up to `shift`
+    times shorter, since paths bend early (Esser et al. 2024, Eq. 23, with 1-t for t). The first
+    step is Euler's, and so is the final one: in pixels it ends at x̂_1, without noise.
     """
     x, v_old, h_old = x0, None, None
     for t, t_next in pairwise([t / (shift - (shift - 1) * t) for t in even_times(steps)]):
@@ -316,7 +316,7 @@ def make_figures(args, flow: nn.Module, reflow: nn.Module, vae: VAE) -> None:
             ("latent flow", "AB2", adams_sample, args.ab2_steps),
             ("latent reflow", "Euler", euler_sample, args.steps)):
         for n in sorted({*numbers}):
-            name = f"{method}{', AB2' * (sampler == 'AB2')}, {n} step{'s' * (n > 1)}"
+            name = f"{method}, {sampler}, {n} step{'s' * (n > 1)}"
             made = {"name": name, "method": method, "sampler": sampler, "steps": n}
             samplers.append((made, lambda x, rng, net=nets[method], solve=solve, n=n:
                              vae.to_images(solve(net, x, n))))  # vs 04: decoded
