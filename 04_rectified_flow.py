@@ -30,24 +30,27 @@ Lines between random pairs cross, so the loss never gets to 0.
 
 Why does the network draw an image, and not v itself? A step has to remove noise. For that
 v must contain the noise, pixel by pixel, and a network does not copy exactly: some grey
-stays in the black. If it draws x̂_1, then the last step, z_t + (1-t) v_θ, ends at x̂_1 itself,
-and black is easy to draw. After a shorter reflow than below, one step had a Fréchet distance
-of 0.917, and of 1.71 with v from the last layer; but the flow was a little worse (RESULTS.md).
+stays in the black. If it draws x̂_1, then the last step, z_t + (1-t) v_θ, ends at x̂_1
+itself, and black is easy to draw. After a shorter reflow than below, one step had a Fréchet
+distance of 0.917, and of 1.71 with v from the last layer; but the flow was a little worse
+(RESULTS.md).
 
-Euler's step takes the velocity at its start, although the path bends. AB2 takes the velocity
-in the middle of the step: v here and v one step ago tell how it changes, without another call
-of the network. And our AB2 has shorter steps near the noise, where paths bend most.
+Euler's step takes the velocity at its start, although the path bends. AB2 estimates the
+velocity in the middle of the step: v here and v one step ago tell how it changes, without
+another call of the network. Our AB2 also has shorter steps near the noise, where v changes
+faster than later on, up to t = 0.9.
 
     python 04_rectified_flow.py                 flow, pairs and reflow, for a GPU
 
-Trained with the default options on an NVIDIA H200 (but the pairs came from 10 steps of Heun's
-method, RESULTS.md): Fréchet distances of 5,000 samples (real digits have 0.058), and S of 16
-paths in 100 steps of Euler:
+Trained with the default options on an NVIDIA H200 (but the pairs came from 10 steps of
+Heun's method, RESULTS.md): Fréchet distances of 5,000 samples (real digits have 0.058), and
+S of 16 paths in 100 steps of Euler:
     steps         1      2      5      10     100    S
     flow, Euler   53.2   7.82   1.12   0.598  0.311  0.081
     flow, AB2                   0.440  0.323
     reflow, Euler 0.740  0.662  0.584  0.540  0.484  0.0023
-So one step after the reflow is better than five of Euler's before it, but not than five of AB2.
+So one step after the reflow is better than five of Euler's before it, but not better than
+five of AB2.
 """
 
 import math
@@ -180,10 +183,10 @@ def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 @torch.no_grad()
 def adams_sample(model, x0: Tensor, steps: int, shift: float = 2.0) -> Tensor:
-    """As euler_sample, but a step takes the velocity at its middle, extrapolated from this one
-    and the last: Adams-Bashforth, O(1 / steps²) for smooth v. Steps near t = 0 are up to `shift`
-    times shorter, since paths bend early (Esser et al. 2024, Eq. 23, with 1-t for t). The first
-    step is Euler's, and so is the final one: in pixels it ends at x̂_1, without noise.
+    """As euler_sample, but a step takes the velocity at its middle, extrapolated from this
+    one and the last: Adams-Bashforth, O(1 / steps²) for smooth v. Steps near t = 0 are up to
+    `shift` times shorter (Esser et al. 2024, Eq. 23, with 1-t for t): that drew better. The
+    first step is Euler's, and so is the final one: in pixels it ends at x̂_1, without noise.
     """
     x, v_old, h_old = x0, None, None
     for t, t_next in pairwise([t / (shift - (shift - 1) * t) for t in even_times(steps)]):
@@ -240,7 +243,7 @@ def load_pairs(args, net, folder: Path) -> tuple[Tensor, Tensor]:
     pairs = []
     for start in tqdm(range(0, args.pairs, 1000), "pairs, in thousands"):
         end = min(start + 1000, args.pairs)
-        path = folder / f"{start}_to_{end}_by_{args.pair_steps}_steps_{args.seed}.pt"
+        path = folder / f"{start}_to_{end}_by_{args.pair_steps}_AB2_{args.seed}.pt"
         if not path.exists():
             rng = torch.Generator().manual_seed(args.seed + 1000 + start)  # not the figures' noise
             x0, x1 = make_pairs(net, end - start, args.pair_steps, rng, args.device)

@@ -216,10 +216,10 @@ def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 @torch.no_grad()
 def adams_sample(model, x0: Tensor, steps: int, shift: float = 2.0) -> Tensor:
-    """As euler_sample, but a step takes the velocity at its middle, extrapolated from this one
-    and the last: Adams-Bashforth, O(1 / steps²) for smooth v. Steps near t = 0 are up to `shift`
-    times shorter, since paths bend early (Esser et al. 2024, Eq. 23, with 1-t for t). The first
-    step is Euler's, and so is the final one: in pixels it ends at x̂_1, without noise.
+    """As euler_sample, but a step takes the velocity at its middle, extrapolated from this
+    one and the last: Adams-Bashforth, O(1 / steps²) for smooth v. Steps near t = 0 are up to
+    `shift` times shorter (Esser et al. 2024, Eq. 23, with 1-t for t): that drew better. The
+    first step is Euler's, and so is the final one: in pixels it ends at x̂_1, without noise.
     """
     x, v_old, h_old = x0, None, None
     for t, t_next in pairwise([t / (shift - (shift - 1) * t) for t in even_times(steps)]):
@@ -291,7 +291,7 @@ def load_pairs(args, net, folder: Path) -> tuple[Tensor, Tensor]:
     pairs = []
     for start in tqdm(range(0, args.pairs, 1000), "pairs, in thousands"):
         end = min(start + 1000, args.pairs)
-        path = folder / f"{start}_to_{end}_by_{args.pair_steps}_steps_{args.seed}.pt"
+        path = folder / f"{start}_to_{end}_by_{args.pair_steps}_AB2_{args.seed}.pt"
         if not path.exists():
             rng = torch.Generator().manual_seed(args.seed + 1000 + start)  # not the figures' noise
             x0, x1 = make_pairs(net, end - start, args.pair_steps, rng, args.device)
