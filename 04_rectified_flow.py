@@ -3,20 +3,21 @@
 CAREFUL: x_0 was the image in 01. Here x_0 is the NOISE, and x_1 is the image.
 
 Pair each image with random noise, new each time, and draw a straight line between them. A
-network learns the velocity of the lines, x_1 - x_0, at each point and time; where lines
-cross, it learns their mean. To sample, follow this velocity from a new noise. The path bends,
-so this takes many small steps. Reflow makes the paths straighter: pair each of many noises
-with the image at the end of its path, and train a copy of the network on these pairs. Each
-point and time has one velocity, so two paths never meet, and the lines between their ends
-hardly cross. Then one step gets near the end.
+network learns the velocity of the lines, x_1 - x_0, at each point and time. Where lines cross,
+it learns the mean of their velocities. To sample, start from fresh noise and follow this
+velocity. The path bends, so this takes many small steps. Reflow makes the paths straighter:
+pair each of many noises with the image at the end of its path, and train a copy of the network
+on these pairs. Two paths never meet, since each point and time has one velocity. The straight
+lines between their ends still could cross, but hardly do. So after the reflow one step gets
+near the end.
 
     x_t    = (1-t) x_0 + t x_1                                    Liu et al. 2022, section 2.1
-    loss   = E ‖(x_1 - x_0) - v_θ(x_t, t)‖², t by --flow-t        Liu, Eq. 1: t is uniform
+    loss   = E ‖(x_1 - x_0) - v_θ(x_t, t)‖², t by --flow-t        Liu, Eq. 1, with uniform t
     v_θ    = (x̂_1 - x_t) / (1-t), x̂_1 from the last layer         Li & He 2025, "x-prediction"
-    Euler:   z_{t+1/N} = z_t + v_θ(z_t, t) / N from z_0 = x_0     Liu: the path to an image z_1
-    AB2:     z_{t+h} = z_t + h (v + h/2 (v - v_old) / h_old)      Adams-Bashforth, two-step
-    reflow:  E ‖(z_1 - z_0) - v_θ((1-t) z_0 + t z_1, t)‖₁         Liu: ‖...‖²; t by --reflow-t
-    S      = E ‖(z_1 - z_0) - v_θ(z_t, t)‖² on the path           Liu; 0 if straight and steady
+    Euler:   z_{t+1/N} = z_t + v_θ(z_t, t) / N from z_0 = x_0     N steps to an image z_1
+    AB2:     z_{t+h} = z_t + h (v + h/2 (v - v_old) / h_old)      Adams-Bashforth; _old: a step ago
+    reflow:  E ‖(z_1 - z_0) - v_θ((1-t) z_0 + t z_1, t)‖₁         Liu has ‖...‖²; t by --reflow-t
+    S      = E ‖(z_1 - z_0) - v_θ(z_t, t)‖² on the path           Liu; 0: straight, at one speed
 
     paper           code                      shape
     x_0, z_0        x0, noise                 (B, 1, 28, 28)
@@ -28,17 +29,16 @@ hardly cross. Then one step gets near the end.
 x_t is on a line, z_t on a path; the code writes x for both, and takes means over pixels.
 Lines between random pairs cross, so the loss never gets to 0.
 
-Why does the network draw an image, and not v itself? A step has to remove noise. For that
-v must contain the noise, pixel by pixel, and a network does not copy exactly: some grey
-stays in the black. If it draws x̂_1, then the last step, z_t + (1-t) v_θ, ends at x̂_1
-itself, and black is easy to draw. After a shorter reflow than below, one step had a Fréchet
-distance of 0.917, and of 1.71 with v from the last layer; but the flow was a little worse
-(RESULTS.md).
+Why does the network predict an image, and not v itself? v = x_1 - x_0 contains the noise of
+every pixel, and a network cannot copy that exactly: some grey stays in the black. If it
+predicts x̂_1, the last step, z_t + (1-t) v_θ, ends at x̂_1 itself, and black is easy to predict.
+After a shorter reflow than below, one step had a Fréchet distance of 0.917, but 1.71 where the
+network predicted v. The flow itself is a little worse this way (RESULTS.md).
 
 Euler's step takes the velocity at its start, although the path bends. AB2 estimates the
 velocity in the middle of the step: v here and v one step ago tell how it changes, without
-another call of the network. Our AB2 also has shorter steps near the noise, where v changes
-faster than later on, up to t = 0.9.
+another call of the network. Our AB2 also takes shorter steps near the noise, where v changes
+faster than it does later (except after t = 0.9). Its first and last steps are Euler's.
 
     python 04_rectified_flow.py                 flow, pairs and reflow, for a GPU
 
@@ -48,7 +48,7 @@ S of 16 paths in 100 steps of Euler:
     steps         1      2      5      10     100    S
     flow, Euler   53.2   7.82   1.12   0.598  0.311  0.081
     flow, AB2                   0.440  0.323
-    reflow, Euler 0.740  0.662  0.584  0.540  0.484  0.0023
+    reflow, Euler 0.739  0.662  0.583  0.540  0.483  0.0023
 So one step after the reflow is better than five of Euler's before it, but not better than
 five of AB2.
 """
@@ -129,7 +129,7 @@ class UNet(nn.Module):
         self.up1 = ResBlock(2 * c1, c1, c_time)
         self.norm_out = nn.GroupNorm(8, c1)
         self.conv_out = nn.Conv2d(c1, 1, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)  # a fresh network draws an even grey
+        nn.init.zeros_(self.conv_out.weight)  # a fresh network predicts an even grey
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         emb = self.time(common.timestep_embedding(t * 1000, self.c_time))
@@ -142,7 +142,7 @@ class UNet(nn.Module):
         h = self.up0_to_1(F.interpolate(h, scale_factor=2.0))  # (B, c1, H, W)
         h = self.up1(torch.cat([h, h0], dim=1), emb)
         image = self.conv_out(F.silu(self.norm_out(h)))  # vs 01: not returned as it is
-        left = (1 - t).clamp(min=TIME_LEFT) if self.training else 1 - t  # samplers need no t = 1
+        left = (1 - t).clamp(min=TIME_LEFT) if self.training else 1 - t  # samplers never pass t = 1
         return (image - x) / left.view(-1, 1, 1, 1)  # the v that takes x to the image by t = 1
 
 
@@ -159,7 +159,8 @@ def flow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, error=F.mse_loss) -> Ten
     """
     t_ = t.view(-1, *[1] * (x0.dim() - 1))
     x_t = (1 - t_) * x0 + t_ * x1
-    target = (x1 - x_t) / (1 - t_).clamp(min=TIME_LEFT)  # x1 - x0; after 0.95 less, as in UNet
+    # x1 - x0, but scaled down for t > 0.95, as in UNet
+    target = (x1 - x_t) / (1 - t_).clamp(min=TIME_LEFT)
     return error(model(x_t, t), target)
 
 
@@ -186,12 +187,12 @@ def adams_sample(model, x0: Tensor, steps: int, shift: float = 2.0) -> Tensor:
     """As euler_sample, but a step takes the velocity at its middle, extrapolated from this
     one and the last: Adams-Bashforth, O(1 / steps²) for smooth v. Steps near t = 0 are up to
     `shift` times shorter (Esser et al. 2024, Eq. 23, with 1-t for t): that drew better. The
-    first step is Euler's, and so is the final one: in pixels it ends at x̂_1, without noise.
+    first step is Euler's, and so is the last: in pixels it ends at x̂_1, without noise.
     """
     x, v_old, h_old = x0, None, None
-    for t, t_next in pairwise([t / (shift - (shift - 1) * t) for t in even_times(steps)]):
+    for t, t_next in pairwise([s / (shift - (shift - 1) * s) for s in even_times(steps)]):
         v, h = model(x, torch.full((len(x),), t, device=x.device)), t_next - t
-        slope = (v - v_old) / h_old if t > 0 and t_next < 1 else 0
+        slope = (v - v_old) / h_old if t > 0 and t_next < 1 else 0  # 0: Euler
         x = x + h * (v + h / 2 * slope)
         v_old, h_old = v, h
     return x
@@ -283,6 +284,7 @@ def draw_path(args, nets: dict, x0: Tensor) -> None:
         keep = lambda t, x, v, name=name: paths[name].append((x, x + (1 - t) * v))
         x1 = euler_sample(net, x0, 30, trace=keep)
         paths[name].append((x1, x1))
+    # for two digits, and each network: a row of x_t, and one of x̂_1
     images = [state[k][i] for i in range(2) for path in paths.values()
               for k in (0, 1) for state in path[::3]]
     title = "On the path: x_t, and below it the image that the network draws, x̂₁"

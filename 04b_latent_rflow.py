@@ -14,7 +14,7 @@ distance 0.753, in pixels 0.598); the paths bend more (S, below).
     t               t                         (B,) from 0, noise, to 1, data: the reverse of 02
     v_θ(x_t, t)     v = model(x_t, t)         (B, 1, 8, 8)
 
-vs 04: the network predicts v itself. The black, hard for v in pixels, the decoder draws.
+vs 04: the network predicts v itself. The decoder draws the black, which is hard for v.
 
     python 04b_latent_rflow.py                  flow, pairs and reflow, for a GPU
 
@@ -219,12 +219,12 @@ def adams_sample(model, x0: Tensor, steps: int, shift: float = 2.0) -> Tensor:
     """As euler_sample, but a step takes the velocity at its middle, extrapolated from this
     one and the last: Adams-Bashforth, O(1 / steps²) for smooth v. Steps near t = 0 are up to
     `shift` times shorter (Esser et al. 2024, Eq. 23, with 1-t for t): that drew better. The
-    first step is Euler's, and so is the final one: in pixels it ends at x̂_1, without noise.
+    first step is Euler's, and so is the last: in pixels it ends at x̂_1, without noise.
     """
     x, v_old, h_old = x0, None, None
-    for t, t_next in pairwise([t / (shift - (shift - 1) * t) for t in even_times(steps)]):
+    for t, t_next in pairwise([s / (shift - (shift - 1) * s) for s in even_times(steps)]):
         v, h = model(x, torch.full((len(x),), t, device=x.device)), t_next - t
-        slope = (v - v_old) / h_old if t > 0 and t_next < 1 else 0
+        slope = (v - v_old) / h_old if t > 0 and t_next < 1 else 0  # 0: Euler
         x = x + h * (v + h / 2 * slope)
         v_old, h_old = v, h
     return x
