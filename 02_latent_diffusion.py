@@ -19,8 +19,8 @@ So stage two trains the diffusion of 01 on latents. To sample, turn noise into a
     x_0, x_t, ε, v  x0, x_t, noise, v         (B, 1, 8, 8)
     t = 1 ... T     t = 0 ... T-1             (B,); t = -1 in the samplers is the clean latent
 
-Why 1x8x8? So it fits the U-Net of 01, here with fewer channels at the lowest level. The
-64 numbers have no order, so neighbours are unrelated, unlike those in Rombach's latents.
+Why 1x8x8? Only so that 64 numbers fit the U-Net of 01 (here with fewer channels at the lowest
+level). They have no order: neighbours are unrelated, unlike those in Rombach's latents.
 
     python 02_latent_diffusion.py                  both stages, for a GPU
     python 02_latent_diffusion.py --epochs 15      half an hour on two CPU cores
@@ -305,7 +305,7 @@ def draw_vae(args, vae: VAE) -> None:
     points = mu[:2000] @ torch.linalg.svd(mu, full_matrices=False).Vh[:2].T  # (2000, 2)
     by_class = {args.classes[i]: points[labels == i].tolist() for i in labels.unique().tolist()}
     common.save_plot(args.out_dir / "latent_map.png", by_class, style=".", xlabel="component 1",
-                     ylabel="component 2", title="Principal components of 2,000 test latents")
+                     ylabel="component 2", title=f"{len(points):,} test latents, by class")
 
 
 @torch.no_grad()

@@ -69,8 +69,8 @@ DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "sy
 
 
 def load_images(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
-    """The first --train-images training or test images (N, 1, 28, 28) in [-1, 1], labels (N,);
-    the names of the classes go into args.classes, and so into the checkpoint."""
+    """Training or test images (N, 1, 28, 28) in [-1, 1] and labels (N,), at most --train-images
+    of either. args.classes gets the names of the classes, which the checkpoint keeps."""
     n = args.train_images
     with one_line_error(f"no images of {args.dataset} in {args.data_dir}; try --dataset synthetic"):
         if args.dataset == "synthetic":
@@ -95,10 +95,11 @@ def folder_images(folder: Path, n: int, train: bool) -> tuple[Tensor, Tensor, li
     files = [files[i] for i in order if (i % 7 == 0) != train][:n]
     images = []
     for path in tqdm(files, "images", delay=2):
-        image = Image.open(path)
-        assert not image.mode.startswith("I"), f"{path} has more than 8 bits a pixel"
-        white = Image.new("RGBA", image.size, "white")  # what is transparent becomes white
-        grey = Image.alpha_composite(white, image.convert("RGBA")).convert("L")
+        with one_line_error(f"cannot use {path}"):
+            image = ImageOps.exif_transpose(Image.open(path))  # upright, if a camera says how
+            assert not image.mode.startswith("I"), "it has more than 8 bits a pixel"
+            white = Image.new("RGBA", image.size, "white")  # what is transparent becomes white
+            grey = Image.alpha_composite(white, image.convert("RGBA")).convert("L")
         images.append(v2.functional.pil_to_tensor(ImageOps.pad(grey, (28, 28))))
     labels = torch.tensor([classes.index(p.parent.name) for p in files])
     return torch.stack(images) / 127.5 - 1, labels, classes
@@ -213,14 +214,14 @@ class Muon(torch.optim.AdamW):
     def step(self) -> None:
         group = self.param_groups[0]
         convolutions = [w for w in group["params"] if w.dim() == 4 and min(w.shape[:2]) >= 16]
-        for rows in {len(w) for w in convolutions}:  # those with equally many rows together
+        for rows in {len(w) for w in convolutions}:  # those with equally many rows in one batch
             weights, key = [w for w in convolutions if len(w) == rows], f"{rows} rows"
             g = pad_sequence([w.grad.flatten(1).mT for w in weights], batch_first=True).mT
             mean = self.state[key] = self.state.get(key, 0 * g).to(g.device).lerp_(g, 0.05)
             m = nn.functional.normalize(mean, dim=(1, 2))
             gram = m @ m.mT
             p = eye = torch.eye(rows, device=g.device)
-            for _ in range(5):  # Newton and Schulz: singular values of p m near 1
+            for _ in range(5):  # Newton and Schulz bring the singular values of p m near 1
                 q = 3.4445 * eye + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
                 p, gram = q @ p, q @ gram @ q
             for w, step in zip(weights, 10 * group["lr"] * p @ m):
@@ -245,12 +246,13 @@ class Stage:
                 self.ema.load_state_dict(args.state["networks"][name])
                 model.load_state_dict(weights)
                 self.optimizer.load_state_dict(state)
-        else:  # it begins: an earlier one of its name, if any, is forgotten
+        else:  # it starts anew: forget the epochs of an earlier one
             args.state["history"] = [x for x in args.state["history"] if x["stage"] != name]
 
     def __iter__(self):
-        """Batches. On CUDA the fourth turn of the loop is recorded as a graph, and then replayed:
-        so the body of the loop has to do the same for every batch, on the GPU alone."""
+        """Yields batches. On CUDA the loop's body runs three times. The fourth time it is recorded
+        as a graph, and from then on the graph is replayed, without Python: so the body must do
+        the same for every batch, on the GPU alone."""
         args, total, self.graph = self.args, self.epochs * self.steps, None
         self.index = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
         self.rate = torch.zeros((), device=args.device)  # tensors, which a graph reads anew
@@ -265,7 +267,7 @@ class Stage:
         args, losses, start = self.args, [], time.perf_counter()
         torch.manual_seed(done + 1000 * args.seed)  # so a resumed run draws the same numbers
         order = torch.randperm(len(self.data[0]), device=args.device)
-        for chosen in order.split(args.batch_size)[: self.steps]:  # all full
+        for chosen in order.split(args.batch_size)[: self.steps]:  # without a smaller last one
             i, warm_up = done * self.steps + len(losses), min(200, total / 10)
             self.rate.fill_(self.lr * min((i + 1) / warm_up, 1) * (1 - i / total))  # up, down to 0
             self.index.copy_(chosen)
@@ -384,14 +386,15 @@ def measure(args, samplers: list, noise: Tensor, overview: str, below=(), **more
         made |= {"seconds": seconds, "images_per_second": rate, "large_batch": len(large)}
     images = torch.cat([*rows.values()])
     save_grid(images, args.out_dir / "samples.png", overview, 10, [*rows], below)
-    report = origin(args) | more | {"samplers": [made for made, _ in samplers]}
-    report |= {"trained_on": args.state["hardware"],
-               "training_seconds": sum(epoch["seconds"] for epoch in args.state["history"]),
-               "parameters": {name: sum(weight.numel() for weight in network.values())
-                              for name, network in args.state["networks"].items()}}
+    training_seconds = sum(epoch["seconds"] for epoch in args.state["history"])
+    report = origin(args) | more | {
+        "trained_on": args.state["hardware"], "training_seconds": training_seconds,
+        "samplers": [made for made, _ in samplers]}
     (args.out_dir / "timings.json").write_text(json.dumps(report, indent=1))
     by_default = 10_000 if noise.is_cuda and not args.sample_only else 0
     wanted = by_default if args.eval_samples is None else args.eval_samples
+    if not (wanted or args.sample_only) and any(args.out_dir.glob("eval_*.pt")):
+        print("old sets for 05 remain; make them anew with --sample-only --eval-samples N")
     size = 1000 if noise.is_cuda else 50
     rng = torch.Generator().manual_seed(args.seed + 1)  # of the CPU: the same anywhere
     noise = torch.randn(wanted, *noise.shape[1:], generator=rng).to(args.device)

@@ -874,6 +874,15 @@ def test_slow_samplers_get_at_most_1000_images_on_a_cpu(measured, monkeypatch):
     assert [len(one["images"]) for one in run.sets.values()] == [20, 20]
 
 
+def test_a_new_training_says_that_old_sets_remain(measured, capsys):
+    measured(eval_samples=0)
+    assert "old sets" not in capsys.readouterr().out
+    measured(eval_samples=20)
+    assert "old sets" not in capsys.readouterr().out
+    run = measured(eval_samples=0)
+    assert "old sets for 05 remain" in capsys.readouterr().out and len(run.sets) == 2
+
+
 def test_measure_draws_and_times_all_samplers_on_the_same_noise(measured, tmp_path):
     run = measured(eval_samples=0)
     assert not run.sets
