@@ -27,7 +27,7 @@ level). They have no order: neighbours are unrelated, unlike those in Rombach's 
 
 Measured: the second command takes 29 minutes on an Intel Xeon. Then 1,000 samples by
 DDIM-100 have a Fréchet distance of 0.610 to the test digits, training digits one of 0.155
-(05_compare.py). The shipped weights, after 32 epochs, have 0.565; 01 in pixels 0.299.
+(05_compare.py). The shipped weights, after 56 epochs, have 0.422; 01 in pixels 0.299.
 """
 
 import math

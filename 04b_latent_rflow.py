@@ -2,8 +2,8 @@
 
 02 made the steps of diffusion cheap: 64 numbers, not 784 pixels. 04 made them few. Here are
 both: the flow of 04 in the latent of 02, whose VAE is taken as it is. Ten steps of Euler draw
-3.8 times as many digits a second on an NVIDIA H200 as in pixels, but not as good ones (Fréchet
-distance 0.753, in pixels 0.598); the paths bend more (S, below).
+3.8 times as many digits a second on an NVIDIA H200 as in pixels. The digits are better, too
+(Fréchet distance 0.424, in pixels 0.598), but after 40 epochs, and not 10 as in 04.
 
     the VAE, its standardised latents (x_0 there, x_1 here), and why they are 1x8x8: see 02
     x_t, the loss, Euler's method, AB2, reflow and straightness S: see 04; x_0 is the NOISE
@@ -18,11 +18,11 @@ vs 04: the network predicts v itself. The decoder draws the black, which is hard
 
     python 04b_latent_rflow.py                  flow, pairs and reflow, for a GPU
 
-After --epochs 12, Fréchet distances of 5,000 samples (real digits: 0.058), and S in 100 steps:
+Fréchet distances of 5,000 samples (real digits: 0.058), and S of 16 paths in 100 steps:
     steps         1      2      5      10     100    S
-    flow, Euler   40.6   1.99   0.960  0.753  0.612  0.40
-    flow, AB2                   0.604  0.520
-    reflow, Euler 0.816  0.696  0.590  0.537  0.488  0.0033
+    flow, Euler   39.0   1.57   0.594  0.424  0.301  0.40
+    flow, AB2                   0.362  0.264
+    reflow, Euler 0.523  0.418  0.325  0.290  0.256  0.0043
 """
 
 import math
@@ -41,7 +41,7 @@ from common import Attention, ResBlock, number
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "Latent flow.", epochs=10, batch_size=128, lr=2e-3)
+    parser = common.make_parser(__file__, "Latent flow.", epochs=40, batch_size=128, lr=2e-3)
     add, count = parser.add_argument, number(int, 1)
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
     add("--vae", type=Path, metavar="FILE", default=VAE_FILE, help="checkpoint or weights of 02")
