@@ -305,7 +305,7 @@ def draw_vae(args, vae: VAE) -> None:
     points = mu[:2000] @ torch.linalg.svd(mu, full_matrices=False).Vh[:2].T  # (2000, 2)
     by_class = {args.classes[i]: points[labels == i].tolist() for i in labels.unique().tolist()}
     common.save_plot(args.out_dir / "latent_map.png", by_class, style=".", xlabel="component 1",
-                     ylabel="component 2", title=f"Two principal components, {len(points)} latents")
+                     ylabel="component 2", title=f"Principal components of {len(points)} latents")
 
 
 @torch.no_grad()

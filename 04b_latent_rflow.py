@@ -23,6 +23,7 @@ Fréchet distances of 5,000 samples (real digits: 0.058), and S of 16 paths in 1
     flow, Euler   39.0   1.57   0.594  0.424  0.301  0.40
     flow, AB2                   0.362  0.264
     reflow, Euler 0.523  0.418  0.325  0.290  0.256  0.0043
+AB2's ten steps score better than Euler's 100, though they follow the path less exactly.
 """
 
 import math
@@ -329,8 +330,7 @@ def draw_path(args, vae: VAE, nets: dict, x0: Tensor) -> None:
     paths = {name: [] for name in nets}  # x_t at every step
     for name, net in nets.items():
         keep = lambda t, x, v, name=name: paths[name].append(x)
-        x1 = euler_sample(net, x0, 30, trace=keep)
-        paths[name].append(x1)
+        paths[name].append(euler_sample(net, x0, 30, trace=keep))
     film = [torch.cat([vae.to_images(x[:8]) for x in states]) for states in zip(*paths.values())]
     common.save_gif(film[::2], args.out_dir / "path.gif", columns=8)
 

@@ -267,7 +267,7 @@ class Stage:
         args, losses, start = self.args, [], time.perf_counter()
         torch.manual_seed(done + 1000 * args.seed)  # so a resumed run draws the same numbers
         order = torch.randperm(len(self.data[0]), device=args.device)
-        for chosen in order.split(args.batch_size)[: self.steps]:  # without a smaller last one
+        for chosen in order.split(args.batch_size)[: self.steps]:  # not a smaller last one
             i, warm_up = done * self.steps + len(losses), min(200, total / 10)
             self.rate.fill_(self.lr * min((i + 1) / warm_up, 1) * (1 - i / total))  # up, down to 0
             self.index.copy_(chosen)
