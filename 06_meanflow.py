@@ -4,8 +4,8 @@ For one step, 04 needs a reflow: it trains on pairs of noise and image that its 
 MeanFlow learns one step from images alone. Its network does not predict the velocity at a
 point of the path, but the average velocity u from there to a later time r. Then one step of
 u from t = 0 to r = 1 reaches the image, however much the path bends. To average v, we would
-have to follow the path, in many steps. But u obeys a law at each point: it needs only v
-there and the change of u, and of this change the network itself has an estimate.
+have to follow the path, in many steps. But u obeys a law at each point, which needs only v
+there and the change of u, and the network itself can estimate that change.
 
     u(x_t, t, r) = 1/(r-t) ∫ v(x_s, s) ds, s = t ... r     Geng et al. 2025; the path: dx_s = v ds
     u(x_t, t, t) = v(x_t, t), the velocity of 04           the limit r → t
@@ -24,15 +24,15 @@ there and the change of u, and of this change the network itself has an estimate
 Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate both sides by t
 along the path. As t is the lower end of the integral, -u + (r-t) du/dt = -v.
 
-v is the mean of x_1 - x_0 at x_t, so x_1 - x_0 may stand for v in the loss. Geng et al. 2025
+v is the mean of x_1 - x_0 at x_t, so that may replace v in a squared error. Geng et al. 2025
 use it in du/dt, too, but there ∂u/∂x multiplies its noise. So in du/dt we take the network's
 own v, u_θ(x_t, t, t), as they do later (arXiv 2512.02012). After three epochs, one step
 scored 2.90, not 4.94 (Fréchet distance: lower is better), but ten steps 0.710, not 0.477.
 
-First we train a flow, as in 04, but with v itself as output. (With the image, and x_1 - x_0 in
-du/dt, one step was worse.) A copy then also takes r, as the gap r - t, which at first changes
-nothing, and learns u. For half of the images r = t: there the target is x_1 - x_0, as for
-the flow.
+First we train a flow, as in 04, but its output is v. (With the image as output, and x_1 - x_0
+in du/dt, one step was worse.) A copy then also takes r, as the gap r - t, which at first
+changes nothing, and learns u. For half of the images r = t: there the target is x_1 - x_0,
+as for the flow.
 
 Why log? For each image, its gradient is that of the squared error, divided by that error
 + c: Geng's adaptive weight with p = 1. Near t = 0 the network's (r-t) du/dt is far too large,
@@ -42,15 +42,15 @@ leans to the most frequent, away from their mean.
 
     python 06_meanflow.py                    flow and MeanFlow, for a GPU
 
-Trained with these options on an NVIDIA H200, the flow (sampled by Euler's method) and
+Trained with the defaults on an NVIDIA H200, the flow (by Euler's method, measured apart) and
 MeanFlow have these Fréchet distances of 5,000 samples (real digits have 0.058):
     steps           1      2      5      10
     flow            50.3   5.36   0.962  0.543
     MeanFlow        1.50   0.891  0.592  0.615
-MeanFlow learned for as long as 04 makes pairs and learns from them, 100 seconds.
-The reflow of 04, from its own flow, is better: 0.740 with one step, 0.662 with two. So is
-one from the very same flow. After 25 minutes each on a core of an AMD EPYC, one step of the
-reflow had 1.49 with both of two seeds, one step of MeanFlow 2.58 and 3.56.
+MeanFlow learned for 100 seconds, as long as 04 took for pairs and reflow. That reflow, from
+04's own flow, is better: 0.739 with one step, 0.662 with two. From the very same flow, after
+25 minutes each on a core of an AMD EPYC, one step of the reflow had 1.49 with both of two
+seeds, one of MeanFlow 2.58 and 3.56.
 """
 
 from itertools import pairwise
@@ -115,7 +115,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
         emb = self.time(common.timestep_embedding(t * 1000, self.c_time))
         if r is not None:
-            emb = emb + self.gap(common.timestep_embedding((r - t) * 100, self.c_time))
+            gap = common.timestep_embedding((r - t) * 100, self.c_time)  # 100: chosen, not tuned
+            emb = emb + self.gap(gap)
         h0 = self.down0(self.conv_in(x), emb)  # (B, c1, H, W)
         h1 = self.down1_attention(self.down1(self.down0_to_1(h0), emb))  # (B, c2, H/2, W/2)
         h = self.mid1(self.down1_to_mid(h1), emb)  # (B, c3, H/4, W/4)
@@ -135,8 +136,8 @@ def make_models(args) -> dict[str, nn.Module]:
 def draw_times(n: int, equal: int, rng=None, device="cpu") -> tuple[Tensor, Tensor]:
     """t <= r, (n,) each: the smaller and the larger of two logit-normal draws.
 
-    For the first `equal` of them r = t. Times near 0 and 1 are rare, and a pair of both almost
-    never comes: for one step, from 0 to 1, the network has to extrapolate.
+    For the first `equal` of them r = t. Times near 0 and 1 are rare, and both together almost
+    never come: for one step, from 0 to 1, the network has to extrapolate.
     """
     times = torch.randn(2, n, generator=rng, device=device).sigmoid()
     times[1, :equal] = times[0, :equal]
@@ -153,7 +154,7 @@ def total_derivative(model, x: Tensor, t: Tensor, r: Tensor, v: Tensor, by: str)
     if by == "jvp":
         with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no jvp
             return torch.func.jvp(lambda x, t: model(x, t, r), (x, t), (v, torch.ones_like(t)))[1]
-    h = 0.01  # t + h may pass r, but there (r-t) du/dt is small
+    h = 0.01  # t + h may pass r, but there (r-t) du/dt is small; times beyond 0 and 1 are rare
     return (model(x + h * v, t + h, r) - model(x - h * v, t - h, r)) / (2 * h)
 
 
@@ -161,7 +162,7 @@ def meanflow_loss(
     model, x0: Tensor, x1: Tensor, t: Tensor, r: Tensor, equal=0, tangent="own",
     by="difference", adaptive=True,
 ) -> Tensor:
-    """The loss above (Geng et al. 2025); or, if not `adaptive`, its squared error alone.
+    """The loss above (Geng et al. 2025); or, if not `adaptive`, without the log.
 
     x0 (noise) and x1 (data): (B, ...); t <= r: (B,) in [0, 1], with r = t for the first
     `equal`. `tangent` is v in du/dt: the network's "own", u(x_t, t, t), or x1 - x0 of the "pair".
@@ -172,7 +173,7 @@ def meanflow_loss(
         x, t_gap, r_gap = x_t[equal:], t[equal:], r[equal:]  # where t < r
         v = model(x, t_gap, t_gap) if tangent == "own" else target[equal:]
         du_dt = total_derivative(model, x, t_gap, r_gap, v, by)
-        target[equal:] += (r_gap - t_gap).view_as(t_[equal:]) * du_dt
+        target[equal:] += (r.view_as(t_) - t_)[equal:] * du_dt
     error = (target - model(x_t, t, r)).square().flatten(1).sum(1)
     return (error + 0.01).log().mean() if adaptive else error.mean()
 
@@ -212,11 +213,12 @@ def train(args) -> dict[str, nn.Module]:
     model.load_state_dict(flow.state_dict())  # a copy, which --resume replaces
     epochs, lr = args.meanflow_epochs, args.meanflow_lr
     stage = common.Stage(args, "meanflow", model, epochs, lr, images, labels)
-    equal, by = round(args.equal * args.batch_size), args.derivative
+    equal = round(args.equal * args.batch_size)
     for x1, _ in stage:
         x0 = torch.randn_like(x1)
         t, r = draw_times(len(x1), equal, device=x1.device)
-        stage.step(meanflow_loss(stage.model, x0, x1, t, r, equal, args.tangent, by))
+        stage.step(meanflow_loss(
+            stage.model, x0, x1, t, r, equal, args.tangent, args.derivative))
     return {"flow": flow, "meanflow": stage.ema}
 
 
