@@ -1,10 +1,8 @@
 """What 05 measures: distances and shares by hand, verdicts, tables, and the sets it reads."""
 
-import argparse
-
 import pytest
 import torch
-from scripts import DRAWING, ROOT, compare, ddpm, one_line, options
+from scripts import ROOT, compare, one_line, options
 from torchvision.transforms.functional import gaussian_blur, to_pil_image
 
 import common
@@ -41,17 +39,36 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     assert compare.frechet_distance(few, few + 0.5) == pytest.approx(64 * 0.25)
 
 
+def test_the_standard_error_by_hand():
+    """Of a mean it is s/√n; of the distance in one dimension, (m - µ)² + (s - σ)², the delta
+    method's: √(4 (m - µ)² s² / n + 4 (s - σ)² s² / 2n), for Gaussian points."""
+    points = torch.randn(50, dtype=F64)
+    means = (points.sum() - points) / 49  # each without one point
+    assert compare.standard_error(means) == pytest.approx(points.std().item() / 50**0.5)
+    found, rng = [], torch.Generator().manual_seed(0)
+    real = gaussian([0.0], [[1.0]], n=1000)
+    for _ in range(20):
+        fake = 1 + 2 * torch.randn(4000, 1, dtype=F64, generator=rng)
+        part = torch.arange(4000) % 20
+        found.append(compare.standard_error(torch.tensor(
+            [compare.frechet_distance(real, fake[part != k]) for k in range(20)])))
+    by_hand = (4 * 1 * 4 / 4000 + 4 * 1 * 4 / 8000) ** 0.5
+    assert sum(found) / 20 == pytest.approx(by_hand, rel=0.15)
+
+
 def test_precision_and_recall_by_hand():
     line = lambda *points: torch.tensor(points, dtype=F64)[:, None]
+    both = lambda real, fake, k=3: (compare.share_inside(fake, real, k),
+                                    compare.share_inside(real, fake, k))
     real = line(0, 1, 2, 10)  # distance to the nearest other: 1, 1, 1, 8
     fake = line(0.5, 20, 9)  # in reach of 0; of none; of 10
-    assert compare.precision_recall(real, fake, k=1) == pytest.approx((2 / 3, 1))
+    assert both(real, fake, k=1) == pytest.approx((2 / 3, 1))
     fake = line(0.5, 0.7, 0.8)  # all in reach of 0 or 1; theirs, 0.2, 0.1, 0.1, reaches nothing
-    assert compare.precision_recall(real, fake, k=1) == pytest.approx((1, 0))
-    assert compare.precision_recall(real, fake, k=2) == pytest.approx((1, 0.25))  # 0.7 + 0.3 = 1
+    assert both(real, fake, k=1) == pytest.approx((1, 0))
+    assert both(real, fake, k=2) == pytest.approx((1, 0.25))  # 0.7 + 0.3 = 1
     five = line(0, 1, 2, 3, 10)  # to the third-nearest, which is the rule: 3, 2, 2, 3, 9
     fake = line(-3.1, -2.9, 5.9, 18.9, 19.1, 40)
-    assert compare.precision_recall(five, fake) == pytest.approx((0.5, 1))
+    assert both(five, fake) == pytest.approx((0.5, 1))
 
 
 class Pixels(torch.nn.Module):
@@ -82,15 +99,16 @@ def test_features_are_float64_in_order_with_what_is_read():
 def test_a_score_is_of_equally_many_real_and_drawn_images(n_real, n_fake, monkeypatch):
     """Precision and recall; the distance is one to all the real images."""
     compared, distance = [], []
-    monkeypatch.setattr(compare, "precision_recall", lambda *sets: compared.append(sets) or (1, 0))
+    monkeypatch.setattr(compare, "share_inside", lambda *sets: compared.append(sets) or 0.5)
     monkeypatch.setattr(compare, "frechet_distance", lambda *sets: distance.append(sets) or 7.0)
     real = torch.arange(2.0 * n_real, dtype=F64).view(-1, 2)
     images = flat_images([i % 200 for i in range(n_fake)])
     row = compare.score(Pixels(), real, {"images": images, "method": "m"})
     assert (row["N"], row["method"], row["distance"]) == (n_fake, "m", 7)
-    assert (row["precision"], row["recall"]) == (1, 0)
+    assert (row["precision"], row["recall"]) == (0.5, 0.5)
     assert "images" not in row and "accuracy" not in row  # for there are no labels
-    (some_real, some_fake), = compared
+    (some_fake, some_real), (again_real, again_fake) = compared
+    assert torch.equal(some_real, again_real) and torch.equal(some_fake, again_fake)
     assert len(some_real) == len(some_fake) == min(n_real, n_fake)
     assert len(some_real.unique(dim=0)) == len(some_real)  # none twice
     assert torch.isin(some_real, real).all()
@@ -166,8 +184,10 @@ def test_a_classifier_trained_on_synthetic_digits_reads_others(fast_dev):
 # --------------------------------------------------------------------------------- verdicts
 
 CLAIMS = {claim[0].split(".")[0]: claim for claim in compare.CLAIMS}
+SURE = torch.zeros(20)  # no luck in the distance
 ROW = {"method": "diffusion", "sampler": "DDIM", "steps": 100, "above": 1.2, "seconds": 1.0,
-       "images_per_second": 20.0}
+       "images_per_second": 20.0, "parts": SURE}
+SPREAD = torch.tensor([-0.01, 0.01] * 10)  # a standard error of 0.01 √19 = 0.0436
 DDPM = ROW | {"sampler": "DDPM", "steps": 1000}
 LATENT = ROW | {"method": "latent diffusion"}
 GUIDED = [ROW | {"method": "guided diffusion", "guidance": 1, "misread": 0.02},
@@ -179,6 +199,13 @@ GUIDED = [ROW | {"method": "guided diffusion", "guidance": 1, "misread": 0.02},
     ("1a", [DDPM | {"seconds": 4.9}], "does not hold"),
     ("1b", [DDPM | {"above": 0.97}], "holds"),
     ("1b", [DDPM | {"above": 0.95}], "does not hold"),
+    # the margin is 1.25 · 0.89 - 1.2 = -0.0875, its standard error √19 |1.25 · 0.01 - 0| = 0.0545
+    ("1b", [DDPM | {"above": 0.89, "parts": SPREAD}], "open"),
+    ("1b", [DDPM | {"above": 0.87, "parts": SPREAD}], "does not hold"),  # -0.1125 < -0.109
+    ("1b", [DDPM | {"above": 1.05, "parts": SPREAD}], "holds"),  # 0.1125
+    ("1b", [DDPM | {"above": 1.04, "parts": SPREAD}], "open"),
+    ("2", [LATENT | {"images_per_second": 19.0, "above": 1.45, "parts": SPREAD}], "does not hold"),
+    ("2", [LATENT | {"images_per_second": 21.0, "above": 1.45, "parts": SPREAD}], "open"),
     ("1b", [DDPM | {"steps": 500}], "not measured"),
     ("2", [LATENT | {"images_per_second": 21.0}], "holds"),
     ("2", [LATENT | {"images_per_second": 19.0}], "does not hold"),
@@ -199,14 +226,16 @@ def test_claims_follow_their_rules(claim, other, verdict):
 
 
 def test_what_a_claim_lacks_is_named():
-    assert compare.judge_claim([], *CLAIMS["1a"])[2:] == ["not measured",
-                                                          "no diffusion DDIM 100"]
-    assert compare.judge_claim([ROW], *CLAIMS["1a"])[2:] == ["not measured",
-                                                             "no diffusion DDPM 1000"]
+    def lacking(*rows):
+        found = compare.judge_claim(list(rows), *CLAIMS["1a"])
+        assert found[2] == "not measured"
+        return found[3]
+
+    assert lacking() == "no diffusion DDIM 100 (--eval-samples)"
+    assert lacking(ROW) == "no diffusion DDPM 1000 (--eval-samples)"
     untimed = {key: value for key, value in ROW.items() if key != "seconds"}
     for row in (untimed, ROW | {"seconds": None}):
-        assert compare.judge_claim([row, DDPM], *CLAIMS["1a"])[2:] == ["not measured",
-                                                                       "no seconds for 16"]
+        assert lacking(row, DDPM) == "no seconds for 16 (--eval-samples)"
 
 
 def test_all_six_claims_are_judged():
@@ -214,18 +243,23 @@ def test_all_six_claims_are_judged():
     assert len(CLAIMS) == len(compare.CLAIMS)  # each has a number of its own
 
 
-def test_unlike_runs_are_marked(fast_dev):
-    args = argparse.Namespace(fast_dev=False, dataset="mnist")
-    made = {"fast_dev": False, "dataset": "mnist"}
-    assert common.origin(fast_dev(ddpm))["args"].items() >= {
-        "fast_dev": True, "dataset": "synthetic"}.items()
+def test_sets_of_the_same_noise_share_their_luck():
+    """A claim about two sets whose distances move together is decided, however much they move."""
+    flow = ROW | {"method": "rectified flow", "sampler": "Euler", "steps": 5, "parts": 10 * SPREAD}
+    reflow = flow | {"method": "reflow", "steps": 1, "above": 1.19}
+    assert compare.judge_claim([flow, reflow], *CLAIMS["4a"])[2] == "holds"
+    reflow["parts"] = 10 * SPREAD.roll(1)  # now they move apart
+    assert compare.judge_claim([flow, reflow], *CLAIMS["4a"])[2] == "open"
+
+
+def test_unlike_runs_and_second_sets_are_marked():
     epyc, xeon = "2 cores, AMD EPYC", "2 cores, Intel Xeon"
-    rows = [{"args": made, "hardware": epyc}, {"args": made, "hardware": epyc},
-            {"args": made, "hardware": xeon}, {"hardware": epyc},
-            {"args": made | {"fast_dev": True}, "hardware": epyc}]
-    compare.add_notes(rows, args)
+    made = {"N": 20, "method": "diffusion", "sampler": "DDIM", "steps": 10}
+    rows = [made | {"hardware": xeon}, made | {"hardware": epyc}, made | {"hardware": epyc},
+            made | {"hardware": epyc, "steps": 20}, made | {"hardware": epyc, "N": 10}, made]
+    compare.add_notes(rows)
     assert [row["note"] for row in rows] == [
-        "", "", f"on {xeon}", "unknown origin", "a miniature"]
+        f"on {xeon}", "", "a second set", "", "", "on an unknown machine"]
 
 
 # ------------------------------------------------------------------------------------ sets
@@ -303,12 +337,12 @@ def test_sets_of_different_size_never_share_a_table(judge, tmp_path, capsys):
     above = float(twenty[0]["Fréchet distance"]) - float(twenty[2]["Fréchet distance"])
     assert float(twenty[0]["above the floor"]) == pytest.approx(above, rel=0.02)
     assert [row["above the floor"] for row in twenty[1:]] == ["0", ""]
+    assert [row["standard error"] for row in twenty[1:]] == ["0", ""]  # the floor shares its luck
+    assert float(twenty[0]["standard error"]) > 0
     assert twenty[2]["Fréchet distance"] != forty[1]["Fréchet distance"]
     assert all(row["verdict"] == "not measured" for row in [*verdicts, *more_verdicts])
     plots = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert {"quality_network_calls_20.png", "quality_network_calls_40.png"} <= plots
-    for script in DRAWING[1:]:
-        assert script.__name__ in text  # is missing, and named
 
 
 def test_rows_of_equal_size_are_judged(judge, tmp_path):
@@ -343,7 +377,9 @@ def test_a_floor_of_fewer_digits_than_the_set_says_so_and_guidance_may_be_none(j
     args = compare.parse_args(options(tmp_path / "out", "--runs", str(tmp_path / "runs"),
                                       "--train-images", "30"))
     compare.make_figures(args, judge)
-    assert "N = 40 (floor: 30)" in (tmp_path / "out" / "comparison.md").read_text()
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "N = 40 (floor: 30)" in text
+    assert "above the floor" not in tables(text)[0][0]  # unlike sizes do not compare
 
 
 def test_without_any_sets_the_floor_stands_alone(judge, tmp_path):
@@ -351,7 +387,7 @@ def test_without_any_sets_the_floor_stands_alone(judge, tmp_path):
     compare.make_figures(args, judge)
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert [row["method"] for row in tables(text)[0]] == ["training images"]
-    assert "01_ddpm_ddim" in text
+    assert "--eval-samples" in text
 
 
 def test_a_set_and_a_folder_of_pictures_score_alike(judge, tmp_path, capsys):
