@@ -133,7 +133,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
 
     Nichol & Dhariwal 2021, Eq. 17, but φ_t runs from 0.01 to π/2 - 0.01, for any T:
-    some noise is left at t = 0, for the samplers divide by 1-ᾱ_t, and some signal at t = T-1.
+    some noise is left at t = 0, since the samplers divide by 1-ᾱ_t, and some signal at t = T-1.
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # first ᾱ_t; α_t and β_t follow from it
@@ -159,7 +159,7 @@ def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None) ->
     if noise is None:
         noise = torch.randn_like(x0)
     x_t = q_sample(schedule, x0, t, noise)
-    v = q_sample(schedule, noise, t, -x0)  # ε for x_0, -x_0 for ε: √ᾱ_t ε - √(1-ᾱ_t) x_0
+    v = q_sample(schedule, noise, t, -x0)  # √ᾱ_t ε + √(1-ᾱ_t) (-x_0)
     return F.mse_loss(model(x_t, t), v)
 
 
@@ -259,7 +259,7 @@ def draw_path(args, sample) -> None:
     path = []  # (t, x_t, x̂_0) at every step
     sample(trace=lambda *state: path.append(state))
     stills = [path[i] for i in torch.linspace(0, len(path) - 1, 10).int()]
-    title = f"DDIM, {len(path)} steps: x_t, and below it x̂₀, which the network expects"
+    title = f"DDIM, {len(path)} steps: x_t, and below it x̂₀, the guess of the image"
     images = []
     for digit in range(4):  # two rows each
         images += [x_t[digit] for _, x_t, _ in stills]

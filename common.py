@@ -177,6 +177,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
     if not (args.sample_only or args.dataset in DATASETS or Path(args.dataset).is_dir()):
         parser.error(f"--dataset {args.dataset}: neither a folder, nor {', '.join(DATASETS)}")
     print(f"{args.script} on {args.device}, weights: {state.get('path', 'new')}")
+    if path.exists() and "path" not in state:
+        print(f"the first epoch will replace {path}; --resume would continue from it")
     torch.set_flush_denormal(True)  # numbers below 1e-38 make a CPU many times slower
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a script like Ctrl-C
     with one_line_error(f"--out-dir {args.out_dir} cannot be made, or another run is using it"):

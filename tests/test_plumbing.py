@@ -282,7 +282,8 @@ def test_bad_options_are_usage_errors(module, typed, message, monkeypatch, tmp_p
         ("--flow-t gaussian", "invalid choice: 'gaussian'"),
         ("--reflow-lr -1", "--reflow-lr"),
     ]),
-    (compare, "--eval-samples 4", "--eval-samples 4: a set needs at least 5"),
+    (compare, "--eval-samples 4", "--eval-samples must be at least 5"),
+    (compare, "--fast-dev --batch-size 1", "--batch-size at least 2"),
     (compare, "--dataset synthetic", "--train-judge"),
 ])
 def test_bad_options_of_each_script_are_usage_errors(module, typed, message, tmp_path, capsys):
@@ -748,6 +749,16 @@ def test_a_checkpoint_of_another_script_is_named(good_checkpoint):
     typed = ["--resume", "--device", "cpu", "--out-dir", str(good_checkpoint.parent)]
     message = one_line(latent.main, typed)
     assert "02_latent_diffusion" in message and "01_ddpm_ddim" in message
+
+
+def test_a_new_training_says_that_it_will_replace_the_old_one(tmp_path, capsys):
+    ddpm.parse_args(options(tmp_path))
+    assert "replace" not in capsys.readouterr().out
+    ddpm.main(options(tmp_path, "--epochs", "1", "--eval-samples", "0"))
+    for more, told in (((), True), (("--resume",), False), (("--sample-only",), False)):
+        capsys.readouterr()
+        ddpm.parse_args(options(tmp_path, *more))
+        assert (f"replace {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("module", MODULES)
