@@ -1,17 +1,22 @@
 """DDPM and DDIM on MNIST: one network splits image and noise, and two samplers use it.
 
-Diffusion destroys an image in T small steps: each makes it a little fainter and adds a
-little Gaussian noise. Gaussian steps add up to one Gaussian step, so we can draw x_t
-from x_0 directly, and train a network, at a random t for each image, to split x_t into
-image and noise. Its image x̂_0 is about the mean of all digits that x_t could come from:
-a blur if x_t is mostly noise. To sample, start from pure noise, step a little towards
-x̂_0, and ask again: it gets sharper. DDPM takes T small random steps, each of which undoes
-one step of noise. DDIM takes fewer and larger steps, and adds no noise.
+Diffusion destroys an image x_0 in T small steps, x_1 to x_T: each makes it a little
+fainter and adds a little Gaussian noise. Gaussian steps add up to one Gaussian step, so
+we can draw any x_t from x_0 directly. We do so, with a random t for each image, and train
+a network, a U-Net, to split x_t into image and noise. A squared error is least at the
+mean, so its image x̂_0 is about the mean of all digits that x_t could come from: a blur if
+x_t is mostly noise. To sample, we start from pure noise, step a little towards x̂_0, and
+call the network again. Its image gets sharper from step to step.
+
+DDPM goes back through all T steps. If we knew x_0, Bayes' rule would give x_{t-1} from x_t
+as a Gaussian; DDPM draws from that, with x̂_0 in place of x_0. DDIM draws nothing: it mixes
+x̂_0 with ε̂, the noise that the network sees in x_t, as at an earlier time r, where there
+is less noise. Any r < t will do, so DDIM can take large steps.
 
     q(x_t | x_{t-1}) = N(√α_t x_{t-1}, β_t I),  α_t = 1 - β_t     Ho et al. 2020, Eq. 2
     q(x_t | x_0)     = N(√ᾱ_t x_0, (1-ᾱ_t) I),  ᾱ_t = α_1 ⋯ α_t   Ho, Eq. 4, or:
     x_t   = √ᾱ_t x_0 + √(1-ᾱ_t) ε,  ε ~ N(0, I)
-    v     = √ᾱ_t ε - √(1-ᾱ_t) x_0                    Salimans & Ho 2022, section 4
+    v     = √ᾱ_t ε - √(1-ᾱ_t) x_0                    the target; Salimans & Ho 2022, section 4
     loss  = E ‖v - v_θ(x_t, t)‖² over x_0, t, ε      Ho, Eq. 14, for v; here a mean over pixels
     x̂_0   = √ᾱ_t x_t - √(1-ᾱ_t) v̂                    Salimans & Ho, with v̂ = v_θ(x_t, t)
     ε̂     = √(1-ᾱ_t) x_t + √ᾱ_t v̂                    so x_t = √ᾱ_t x̂_0 + √(1-ᾱ_t) ε̂
@@ -24,23 +29,27 @@ one step of noise. DDIM takes fewer and larger steps, and adds no noise.
     x_0, x_t, ε     x0, x_t, noise            (B, 1, 28, 28), x0 in [-1, 1]
     t = 1 ... T     t = 0 ... T-1             (B,), the paper's t - 1; -1 is the clean image
     β_t, α_t, ᾱ_t   betas, alphas, alpha_bars (T,); Song writes α_t for ᾱ_t
-    v̂ = v_θ(x_t, t) v = model(x_t, t)         (B, 1, 28, 28)
+    v̂ = v_θ(x_t, t) v_hat = model(x_t, t)     (B, 1, 28, 28)
+    x̂_0, ε̂; r       x0_hat, eps_hat; t_next   (B, 1, 28, 28); -1 ... T-2
 
 Why v? Write √ᾱ_t = cos φ and √(1-ᾱ_t) = sin φ. For a fixed x_0 and ε, x_t then runs on
 an arc from the image (φ = 0) to the noise (φ = 90°), and v = dx_t / dφ is its velocity.
 It is what x_t hides: almost ε where x_t shows the image, almost -x_0 where it shows the
 noise. Both x̂_0 and ε̂ come from v without a division, and so with errors no larger
 than that of v. Ho et al. predict ε; then x̂_0 needs a division by √ᾱ_t. At t = T, where
-that is 0.01 here, errors grow 100 times.
+that is 0.01 here, errors grow 100 times. As ‖v - v̂‖² = ‖ε - ε̂‖² / ᾱ_t, our loss counts
+noisy x_t for more than theirs does.
 
     python 01_ddpm_ddim.py                              40 epochs, for a GPU
-    python 01_ddpm_ddim.py --epochs 5 --batch-size 64   for a CPU
+    python 01_ddpm_ddim.py --epochs 5 --batch-size 64   an hour on one CPU core
+    python 01_ddpm_ddim.py --sample-only                no training: the shipped weights
 
 Measured: 20 epochs take 69 seconds on an NVIDIA H200. Then 2,000 samples by DDIM with
 50 steps have a Fréchet distance of 0.275 to the test digits (05_compare.py; lower is
 better). That of 2,000 training digits is 0.107.
 
-Left out: learned variances (Nichol & Dhariwal 2021); networks that predict ε or x_0.
+Left out: the bound on the likelihood (Ho, section 3); learned variances (Nichol & Dhariwal
+2021); networks that predict ε or x_0.
 """
 
 import math
@@ -132,32 +141,29 @@ class Schedule(NamedTuple):
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
 
-    Nichol & Dhariwal 2021, Eq. 17, but φ_t runs from 0.01 to π/2 - 0.01, for any T:
-    some noise is left at t = 0, since the samplers divide by 1-ᾱ_t, and some signal at t = T-1.
+    Nichol & Dhariwal 2021, Eq. 17, but φ_t runs from 0.01 to π/2 - 0.01, for any T. So at
+    t = 0 a little noise is left, for the samplers divide by 1-ᾱ_t; and at t = T-1 a hundredth
+    of the image, too little to see, so that sampling may start from pure noise.
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
-    alpha_bars = phi.cos() ** 2  # first ᾱ_t; α_t and β_t follow from it
+    alpha_bars = phi.cos() ** 2  # ᾱ_t comes first; α_t and β_t follow from it
     alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1, no noise
     signal, noise = phi.cos().float(), phi.sin().float()
     return Schedule(1 - alphas, alphas, alpha_bars, signal.to(device), noise.to(device))
 
 
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, ...); t: (B,) in 0 ... T-1."""
-    shape = (-1, *[1] * (x0.dim() - 1))
-    signal = schedule.signal_scale[t].view(shape) * x0
-    return signal + schedule.noise_scale[t].view(shape) * noise
+    """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1."""
+    signal_scale = schedule.signal_scale[t].view(-1, 1, 1, 1)  # one for each image
+    noise_scale = schedule.noise_scale[t].view(-1, 1, 1, 1)
+    return signal_scale * x0 + noise_scale * noise
 
 
-def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None) -> Tensor:
+def diffusion_loss(model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Ho et al. 2020, Algorithm 1, but for v: the mean squared error of the prediction.
 
-    x0: (B, ...); t (B,) and noise (B, ...) are drawn if they are not given.
+    x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1.
     """
-    if t is None:
-        t = torch.randint(len(schedule.betas), (len(x0),), device=x0.device)
-    if noise is None:
-        noise = torch.randn_like(x0)
     x_t = q_sample(schedule, x0, t, noise)
     v = q_sample(schedule, noise, t, -x0)  # √ᾱ_t ε + √(1-ᾱ_t) (-x_0)
     return F.mse_loss(model(x_t, t), v)
@@ -181,8 +187,8 @@ def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None) -> Tensor:
     x, timesteps = x_T, len(schedule.betas)
     for t in tqdm(range(timesteps)[::-1], "DDPM", leave=False, delay=2):
         ab = float(schedule.alpha_bars[t])
-        v = model(x, torch.full((len(x),), t, device=x.device))
-        x0_hat = ab**0.5 * x - (1 - ab) ** 0.5 * v
+        v_hat = model(x, torch.full((len(x),), t, device=x.device))
+        x0_hat = ab**0.5 * x - (1 - ab) ** 0.5 * v_hat
         x, variance = posterior(schedule, t, x, x0_hat)
         if t > 0:  # the last step adds no noise
             x = x + variance**0.5 * torch.randn(x.shape, generator=rng, device=x.device)
@@ -190,7 +196,7 @@ def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None) -> Tensor:
 
 
 def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
-    """(t, next t), evenly from T-1 down to -1 (no noise): [(999, 989), ..., (9, -1)]."""
+    """(t, next t), evenly from T-1 down to -1, no noise. 100 of 1000: (999, 989) ... (9, -1)."""
     if not 1 <= steps <= timesteps:
         raise ValueError(f"DDIM takes 1 to {timesteps} steps, not {steps}")
     times = torch.linspace(timesteps - 1, -1, steps + 1, dtype=torch.float64).round().int()
@@ -210,27 +216,28 @@ def ddim_sample(
     pairs = ddim_pairs(len(schedule.betas), steps)
     for t, t_next in tqdm(pairs, "DDIM", leave=False, delay=2):
         ab, ab_next = alpha_bars[t], alpha_bars[t_next]
-        v = model(x, torch.full((len(x),), t, device=x.device))
-        x0_hat = ab**0.5 * x - (1 - ab) ** 0.5 * v
-        eps = (1 - ab) ** 0.5 * x + ab**0.5 * v
+        v_hat = model(x, torch.full((len(x),), t, device=x.device))
+        x0_hat = ab**0.5 * x - (1 - ab) ** 0.5 * v_hat
+        eps_hat = (1 - ab) ** 0.5 * x + ab**0.5 * v_hat
         if trace:
             trace(t, x, x0_hat)
         sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)) ** 0.5  # Eq. 16
-        x = ab_next**0.5 * x0_hat + (1 - ab_next - sigma**2) ** 0.5 * eps
+        x = ab_next**0.5 * x0_hat + (1 - ab_next - sigma**2) ** 0.5 * eps_hat
         if sigma > 0:
             x = x + sigma * torch.randn(x.shape, generator=rng, device=x.device)
     return x
 
 
 def train(args) -> dict[str, nn.Module]:
-    """Train the network; returns the moving average of its weights."""
-    images, labels = common.load_images(args)
+    """Trains the network; returns a moving average of its weights, which draws better."""
+    images, _ = common.load_images(args)  # 01 needs no labels
     schedule = make_schedule(args.timesteps, args.device)
     torch.manual_seed(args.seed)
     model = make_models(args)["diffusion"]
-    stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, images, labels)
-    for x0, _ in stage:
-        stage.step(diffusion_loss(stage.model, schedule, x0))
+    stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, images)
+    for (x0,) in stage:  # stage also steps the optimizer, averages weights, and saves
+        t = torch.randint(args.timesteps, (len(x0),), device=x0.device)
+        stage.step(diffusion_loss(stage.model, schedule, x0, t, torch.randn_like(x0)))
     return {"diffusion": stage.ema}
 
 
@@ -267,7 +274,8 @@ def draw_path(args, sample) -> None:
     times = [f"t={t}" for t, _, _ in stills]
     file = args.out_dir / "samples_path.png"
     common.save_grid(torch.stack(images), file, title, 10, ["x_t", "x̂₀"] * 4, times)
-    film = [torch.cat([x_t[:8], x0_hat[:8]]) for _, x_t, x0_hat in path[::-4][::-1]]
+    every_fourth = path[(len(path) - 1) % 4 :: 4]  # so that the last is one of them
+    film = [torch.cat([x_t[:8], x0_hat[:8]]) for _, x_t, x0_hat in every_fourth]
     common.save_gif(film, args.out_dir / "path.gif", columns=8)
 
 

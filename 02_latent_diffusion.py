@@ -194,39 +194,36 @@ class Schedule(NamedTuple):
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
 
-    Nichol & Dhariwal 2021, Eq. 17, but φ_t runs from 0.01 to π/2 - 0.01, for any T:
-    some noise is left at t = 0, since the samplers divide by 1-ᾱ_t, and some signal at t = T-1.
+    Nichol & Dhariwal 2021, Eq. 17, but φ_t runs from 0.01 to π/2 - 0.01, for any T. So at
+    t = 0 a little noise is left, for the samplers divide by 1-ᾱ_t; and at t = T-1 a hundredth
+    of the image, too little to see, so that sampling may start from pure noise.
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
-    alpha_bars = phi.cos() ** 2  # first ᾱ_t; α_t and β_t follow from it
+    alpha_bars = phi.cos() ** 2  # ᾱ_t comes first; α_t and β_t follow from it
     alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1, no noise
     signal, noise = phi.cos().float(), phi.sin().float()
     return Schedule(1 - alphas, alphas, alpha_bars, signal.to(device), noise.to(device))
 
 
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, ...); t: (B,) in 0 ... T-1."""
-    shape = (-1, *[1] * (x0.dim() - 1))
-    signal = schedule.signal_scale[t].view(shape) * x0
-    return signal + schedule.noise_scale[t].view(shape) * noise
+    """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1."""
+    signal_scale = schedule.signal_scale[t].view(-1, 1, 1, 1)  # one for each image
+    noise_scale = schedule.noise_scale[t].view(-1, 1, 1, 1)
+    return signal_scale * x0 + noise_scale * noise
 
 
-def diffusion_loss(model, schedule: Schedule, x0: Tensor, t=None, noise=None) -> Tensor:
+def diffusion_loss(model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Ho et al. 2020, Algorithm 1, but for v: the mean squared error of the prediction.
 
-    x0: (B, ...); t (B,) and noise (B, ...) are drawn if they are not given.
+    x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1.
     """
-    if t is None:
-        t = torch.randint(len(schedule.betas), (len(x0),), device=x0.device)
-    if noise is None:
-        noise = torch.randn_like(x0)
     x_t = q_sample(schedule, x0, t, noise)
     v = q_sample(schedule, noise, t, -x0)  # √ᾱ_t ε + √(1-ᾱ_t) (-x_0)
     return F.mse_loss(model(x_t, t), v)
 
 
 def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
-    """(t, next t), evenly from T-1 down to -1 (no noise): [(999, 989), ..., (9, -1)]."""
+    """(t, next t), evenly from T-1 down to -1, no noise. 100 of 1000: (999, 989) ... (9, -1)."""
     if not 1 <= steps <= timesteps:
         raise ValueError(f"DDIM takes 1 to {timesteps} steps, not {steps}")
     times = torch.linspace(timesteps - 1, -1, steps + 1, dtype=torch.float64).round().int()
@@ -246,13 +243,13 @@ def ddim_sample(
     pairs = ddim_pairs(len(schedule.betas), steps)
     for t, t_next in tqdm(pairs, "DDIM", leave=False, delay=2):
         ab, ab_next = alpha_bars[t], alpha_bars[t_next]
-        v = model(x, torch.full((len(x),), t, device=x.device))
-        x0_hat = ab**0.5 * x - (1 - ab) ** 0.5 * v
-        eps = (1 - ab) ** 0.5 * x + ab**0.5 * v
+        v_hat = model(x, torch.full((len(x),), t, device=x.device))
+        x0_hat = ab**0.5 * x - (1 - ab) ** 0.5 * v_hat
+        eps_hat = (1 - ab) ** 0.5 * x + ab**0.5 * v_hat
         if trace:
             trace(t, x, x0_hat)
         sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)) ** 0.5  # Eq. 16
-        x = ab_next**0.5 * x0_hat + (1 - ab_next - sigma**2) ** 0.5 * eps
+        x = ab_next**0.5 * x0_hat + (1 - ab_next - sigma**2) ** 0.5 * eps_hat
         if sigma > 0:
             x = x + sigma * torch.randn(x.shape, generator=rng, device=x.device)
     return x
@@ -284,7 +281,8 @@ def train(args) -> dict[str, nn.Module]:
     stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, all_mu, all_logvar)
     for mu, logvar in stage:
         x0 = vae.to_latent(mu, logvar)  # vs 01: x_0 is a latent, drawn anew each time
-        stage.step(diffusion_loss(stage.model, schedule, x0))
+        t = torch.randint(args.timesteps, (len(x0),), device=x0.device)
+        stage.step(diffusion_loss(stage.model, schedule, x0, t, torch.randn_like(x0)))
     return {"diffusion": stage.ema, "vae": vae}
 
 
@@ -331,7 +329,8 @@ def draw_path(args, vae: VAE, sample) -> None:
     """Sampling through time as a moving picture: x_t and below it x̂_0, both decoded."""
     path = []  # (t, x_t, x̂_0) at every step
     sample(trace=lambda *state: path.append(state))
-    film = [torch.cat([x_t[:8], x0_hat[:8]]) for _, x_t, x0_hat in path[::-4][::-1]]
+    every_fourth = path[(len(path) - 1) % 4 :: 4]  # so that the last is one of them
+    film = [torch.cat([x_t[:8], x0_hat[:8]]) for _, x_t, x0_hat in every_fourth]
     common.save_gif([vae.to_images(x) for x in film], args.out_dir / "path.gif", columns=8)
 
 

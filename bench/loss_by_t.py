@@ -35,7 +35,7 @@ def main() -> None:
     points = []
     for low, high in pairwise(torch.linspace(0, args.timesteps, 11).int().tolist()):
         t = torch.randint(low, high, (len(x),), generator=rng).to(args.device)
-        loss = ddpm.diffusion_loss(models["diffusion"], schedule, x, t)
+        loss = ddpm.diffusion_loss(models["diffusion"], schedule, x, t, torch.randn_like(x))
         points.append(((low + high) / 2, loss.item()))
     common.save_plot(Path("runs/loss_by_t/01_loss_by_t.png"), {"test digits": points},
                      title="Diffusion: which t is hard for v?", yscale="log",

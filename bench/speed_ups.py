@@ -75,7 +75,8 @@ def main() -> None:
 
         def step(model=model, x=x, precision=precision, optimizer=optimizer):
             with precision:
-                loss = ddpm.diffusion_loss(model, schedule, x)
+                t = torch.randint(1000, (len(x),), device=x.device)
+                loss = ddpm.diffusion_loss(model, schedule, x, t, torch.randn_like(x))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from scripts import cfg, ddpm, flow, latent, latent_flow, meanflow
+from scripts import cfg, ddpm, flow, latent, latent_flow, meanflow, options
 from torch import nn
 from torch.distributions import Normal
 from torch.nn import functional as F
@@ -233,20 +233,27 @@ def test_v_is_the_velocity_on_the_arc():
 def test_the_loss_is_the_error_of_v():
     schedule, x0 = ddpm.make_schedule(100), torch.rand(8, 1, 28, 28) * 2 - 1
     exact = exact_v(schedule, x0.double())
-    assert ddpm.diffusion_loss(exact, schedule, x0).item() < 1e-6
+    t = torch.randint(100, (8,))
+    assert ddpm.diffusion_loss(exact, schedule, x0, t, torch.randn_like(x0)).item() < 1e-6
     noise = torch.full_like(x0, 2.0)
     loss = lambda t: ddpm.diffusion_loss(
         lambda x, t: torch.zeros_like(x), schedule, x0, torch.full((8,), t), noise).item()
     assert loss(0) == pytest.approx(4, rel=0.03)  # v is almost the noise ...
     assert loss(99) == pytest.approx(x0.square().mean().item(), rel=0.15)  # ... or minus the image
-    seen = []
-    torch.manual_seed(0)
-    for _ in range(200):
-        ddpm.diffusion_loss(lambda x, t: seen.append((x, t)) or x, schedule, x0)
-    times = torch.cat([t for _, t in seen])
-    assert times.unique().tolist() == list(range(100))  # each t is trained, 0 and 99 too
-    at_end = torch.cat([x[t == 99] for x, t in seen])  # pure noise, but for 0.01 of the image
-    assert at_end.std().item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("module", [ddpm, latent, cfg])
+def test_training_draws_every_t_with_fresh_noise(module, tmp_path, monkeypatch):
+    seen, loss = [], module.diffusion_loss
+    monkeypatch.setattr(module, "diffusion_loss", lambda model, schedule, x0, t, noise, *more: (
+        seen.append((t, noise)) or loss(model, schedule, x0, t, noise, *more)))
+    module.train(module.parse_args(options(tmp_path, "--epochs", "4")))
+    times, noise = (torch.cat(part) for part in zip(*seen))
+    shares = torch.bincount(times, minlength=20) / len(times)  # 1,024 draws, 51 of each t
+    assert len(shares) == 20 and shares.min() > 0.025 and shares.max() < 0.08
+    assert noise.mean().item() == pytest.approx(0, abs=0.02)
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    assert len(noise.flatten(1).unique(dim=0)) == len(noise) == 1024
 
 
 # --------------------------------------------------------------------------------- the VAE
@@ -390,7 +397,9 @@ def test_a_hidden_label_does_not_matter_and_others_do():
 
     def loss(labels):
         torch.manual_seed(0)
-        return cfg.diffusion_loss(model, schedule, x0, labels, 0.3).item()
+        hidden = cfg.hide_labels(labels, 0.3)
+        t, noise = torch.randint(100, (64,)), torch.randn_like(x0)
+        return cfg.diffusion_loss(model, schedule, x0, t, noise, hidden).item()
 
     before = loss(labels)
     hidden = seen[0] == -1
@@ -404,11 +413,8 @@ def test_a_hidden_label_does_not_matter_and_others_do():
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
 def test_labels_are_hidden_at_the_stated_rate(rate):
-    seen, x0 = [], torch.zeros(50, 1, 1, 1)
     torch.manual_seed(0)
-    for _ in range(200):
-        labels = torch.randint(10, (50,))
-        cfg.diffusion_loss(spy_on_labels(seen), cfg.make_schedule(10), x0, labels, rate)
+    seen = [cfg.hide_labels(torch.randint(10, (50,)), rate) for _ in range(200)]
     hidden = (torch.stack(seen) == -1).double()
     assert hidden.mean().item() == pytest.approx(rate, abs=0.015)  # 10,000 draws: 5 sigma at 0.1
     spread = hidden.sum(1).var().item()  # of a batch's number: binomial, as each is drawn alone

@@ -1015,7 +1015,8 @@ def test_150_steps_on_mnist_learn(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     rng, losses = torch.Generator().manual_seed(0), []
     for x0 in images[torch.randperm(2400, generator=rng)].split(16):  # 150 of them
-        loss = ddpm.diffusion_loss(model, schedule, x0)
+        t = torch.randint(1000, (len(x0),))
+        loss = ddpm.diffusion_loss(model, schedule, x0, t, torch.randn_like(x0))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
