@@ -1,4 +1,7 @@
-"""What the numbered scripts share. Each has its own schedule, loss and samplers."""
+"""What the numbered scripts share. Each has its own schedule, loss and samplers.
+
+For a first reading: ResBlock, Attention, Stage. The rest is data, options, files and pictures.
+"""
 
 import argparse
 import copy
@@ -24,7 +27,7 @@ from tqdm import tqdm
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Times (B,) from 0 to 1000 -> sinusoids (B, dim), Vaswani et al. 2017, section 3.5."""
+    """Times (B,) from 0 to 1000 -> sinusoids (B, dim), after Vaswani et al. 2017, section 3.5."""
     angles = t.float()[:, None] * 10 ** torch.linspace(0, -4, dim // 2, device=t.device)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -137,7 +140,7 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add = parser.add_argument
     add("--epochs", type=count, default=epochs, help="passes over the training images")
     add("--batch-size", type=count, default=batch_size, help="images in a training step")
-    add("--lr", type=number(float, 1e-9), default=lr, help="peak rate; times 10 for Muon")
+    add("--lr", type=number(float, 1e-9), default=lr, help="peak rate; times 10 for convolutions")
     add("--seed", type=number(int, 0), default=0, help="seed of training and sampling")
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--dataset", type=os.path.normpath, default="mnist", metavar="NAME",
@@ -158,12 +161,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
 
     Also loads the checkpoint, if one is asked for, and makes and locks --out-dir.
     """
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # for --dataset and --fast-dev
     place = "" if args.dataset == "mnist" else Path(args.dataset).resolve().name
     place = "fast_dev" if args.fast_dev else place
     parser.set_defaults(**tiny if args.fast_dev else {}, out_dir=Path("runs", place, args.script))
-    args = parser.parse_args(argv)
-    path, state = args.out_dir / "checkpoint.pt", {"history": [], "networks": {}, "training": {}}
+    args = parser.parse_args(argv)  # for --out-dir and --resume
+    path = args.out_dir / "checkpoint.pt"
+    state = {"args": {}, "history": [], "networks": {}, "training": {}}
     if args.resume or args.sample_only:
         shipped = Path(__file__).parent / "weights" / f"{args.script}.pt"
         state = load_checkpoint(path if args.resume or path.exists() else shipped, args.script)
@@ -171,7 +175,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
             sys.exit(f"{state['path']} holds options of another type than here: {bad}")
         parser.set_defaults(**state["args"])
     args = parser.parse_args(argv, argparse.Namespace(checkpoint=path, state=state))
-    if (known := state.get("args", vars(args)).get("dataset")) != args.dataset:
+    if (known := state["args"].get("dataset", args.dataset)) != args.dataset:
         parser.error(f"{state['path']} has learned {known}, not {args.dataset}: train first "
                      "(05: --train-judge)")
     if not (args.sample_only or args.dataset in DATASETS or Path(args.dataset).is_dir()):
@@ -252,9 +256,9 @@ class Stage:
             args.state["history"] = [x for x in args.state["history"] if x["stage"] != name]
 
     def __iter__(self):
-        """Yields batches. On CUDA the loop's body runs three times. The fourth time it is recorded
-        as a graph, and from then on the graph is replayed, without Python: so the body must do
-        the same for every batch, on the GPU alone."""
+        """Yields batches. On CUDA the loop's body runs three times. The fourth time in an epoch it
+        is recorded as a graph, and from then on the graph is replayed, without Python: so the body
+        must do the same for every batch, on the GPU alone."""
         args, total, self.graph = self.args, self.epochs * self.steps, None
         self.index = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
         self.rate = torch.zeros((), device=args.device)  # tensors, which a graph reads anew
@@ -367,7 +371,7 @@ def time_sampler(sample, noise: Tensor, seed: int, least: float = 2) -> tuple[Te
 
 
 def measure(args, samplers: list, noise: Tensor, overview: str, below=(), **more) -> None:
-    """Pictures and times of each sampler from noise (16, ...), and then sets for 05.
+    """Pictures and times of each sampler from noise (16, ...), and, if wanted, sets for 05.
 
     samplers: (made, sample), where the dict made has name, method, sampler, steps and the like.
     """
@@ -393,14 +397,21 @@ def measure(args, samplers: list, noise: Tensor, overview: str, below=(), **more
         "trained_on": args.state["hardware"], "training_seconds": training_seconds,
         "samplers": [made for made, _ in samplers]}
     (args.out_dir / "timings.json").write_text(json.dumps(report, indent=1))
-    by_default = 10_000 if noise.is_cuda and not args.sample_only else 0
-    wanted = by_default if args.eval_samples is None else args.eval_samples
-    if not (wanted or args.sample_only) and any(args.out_dir.glob("eval_*.pt")):
+    wanted = args.eval_samples
+    if wanted is None:
+        wanted = 10_000 if noise.is_cuda and not args.sample_only else 0
+    if wanted:
+        make_sets(args, samplers, wanted, noise.shape[1:])
+    elif not args.sample_only and any(args.out_dir.glob("eval_*.pt")):
         print("old sets for 05 remain; make them anew with --sample-only --eval-samples N")
-    size = 1000 if noise.is_cuda else 50
+
+
+def make_sets(args, samplers: list, wanted: int, shape: torch.Size) -> None:
+    """Sets for 05 by each sampler, from the same noise (wanted, *shape), in batches."""
     rng = torch.Generator().manual_seed(args.seed + 1)  # of the CPU: the same anywhere
-    noise = torch.randn(wanted, *noise.shape[1:], generator=rng).to(args.device)
-    for made, sample in samplers if wanted else ():
+    noise = torch.randn(wanted, *shape, generator=rng).to(args.device)
+    size = 1000 if noise.is_cuda else 50
+    for made, sample in samplers:
         slow = noise.is_cpu and made.get("network_calls", made["steps"]) > 100
         n = min(wanted, 1000) if slow else wanted
         rng = torch.Generator(args.device).manual_seed(args.seed)

@@ -305,7 +305,7 @@ PLANTED = {  # fault: file, what stands there, what is planted, the script that 
         "common", "utils.make_grid(to_uint8(images), nrow=columns)[0].numpy()",
         "utils.make_grid(images, nrow=columns)[0].numpy()", "02_latent_diffusion"),
     "a mask left on the CPU": (
-        "03_cfg", "torch.rand(labels.shape, device=x0.device)",
+        "03_cfg", "torch.rand(labels.shape, device=labels.device)",
         "torch.rand(labels.shape)", "03_cfg"),
     "images that do not come home": (
         "common", '.to("cpu", torch.uint8)', ".to(torch.uint8)", "01_ddpm_ddim"),
