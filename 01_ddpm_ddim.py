@@ -230,7 +230,7 @@ def ddim_sample(
 
 def train(args) -> dict[str, nn.Module]:
     """Trains the network; returns a moving average of its weights, which draws better."""
-    images, _ = common.load_images(args)  # 01 needs no labels
+    images, _ = common.load_images(args)
     schedule = make_schedule(args.timesteps, args.device)
     torch.manual_seed(args.seed)
     model = make_models(args)["diffusion"]

@@ -216,14 +216,14 @@ def make_pairs(model, n: int, steps: int, rng, device="cpu") -> tuple[Tensor, Te
 
 def train(args) -> dict[str, nn.Module]:
     """Train the flow, make pairs, train the reflow on them."""
-    images, labels = common.load_images(args)
+    images, _ = common.load_images(args)
     torch.manual_seed(args.seed)
     models, folder = make_models(args), args.out_dir / "pairs"
-    stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, images, labels)
+    stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, images)
     if stage.done < args.epochs:  # so this flow will change: its pairs and reflow are old
         shutil.rmtree(folder, ignore_errors=True)
         args.state["networks"].pop("reflow", None)
-    for x1, _ in stage:
+    for (x1,) in stage:
         x0 = torch.randn_like(x1)
         t = T_DENSITIES[args.flow_t](torch.rand(len(x1), device=x1.device))
         stage.step(flow_loss(stage.model, x0, x1, t))

@@ -198,13 +198,13 @@ def meanflow_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 def train(args) -> dict[str, nn.Module]:
     """Train a flow, then, from its weights, the average velocity."""
-    images, labels = common.load_images(args)
+    images, _ = common.load_images(args)
     torch.manual_seed(args.seed)
     models = make_models(args)
-    stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, images, labels)
+    stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, images)
     if stage.done < args.epochs:  # so this flow will change: a MeanFlow from it is old
         args.state["networks"].pop("meanflow", None)
-    for x1, _ in stage:
+    for (x1,) in stage:
         x0 = torch.randn_like(x1)
         t = torch.randn(len(x1), 1, 1, 1, device=x1.device).sigmoid()  # logit-normal, as in 04
         x_t = (1 - t) * x0 + t * x1
@@ -212,9 +212,9 @@ def train(args) -> dict[str, nn.Module]:
     flow, model = stage.ema, models["meanflow"]
     model.load_state_dict(flow.state_dict())  # a copy, which --resume replaces
     epochs, lr = args.meanflow_epochs, args.meanflow_lr
-    stage = common.Stage(args, "meanflow", model, epochs, lr, images, labels)
+    stage = common.Stage(args, "meanflow", model, epochs, lr, images)
     equal = round(args.equal * args.batch_size)
-    for x1, _ in stage:
+    for (x1,) in stage:
         x0 = torch.randn_like(x1)
         t, r = draw_times(len(x1), equal, device=x1.device)
         stage.step(meanflow_loss(
