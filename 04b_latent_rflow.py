@@ -189,10 +189,10 @@ def make_models(args) -> dict[str, nn.Module]:
 def flow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, error=F.mse_loss) -> Tensor:
     """The error of v on the line from x0 to x1: Liu et al. 2022, Eq. 1.
 
-    x0 (noise) and x1 (data): (B, ...); t: (B,) in [0, 1]. The squared error makes v the mean
+    x0 (noise) and x1 (data): (B, 1, H, W); t: (B,) in [0, 1]. The squared error makes v the mean
     where lines cross. Those of a reflow hardly cross; there F.l1_loss is as good (in 04 better).
     """
-    t_ = t.view(-1, *[1] * (x0.dim() - 1))
+    t_ = t.view(-1, 1, 1, 1)  # one for each image
     x_t = (1 - t_) * x0 + t_ * x1
     return error(model(x_t, t), x1 - x0)
 

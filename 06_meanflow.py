@@ -164,10 +164,10 @@ def meanflow_loss(
 ) -> Tensor:
     """The loss above (Geng et al. 2025); or, if not `adaptive`, without the log.
 
-    x0 (noise) and x1 (data): (B, ...); t <= r: (B,) in [0, 1], with r = t for the first
+    x0 (noise) and x1 (data): (B, 1, H, W); t <= r: (B,) in [0, 1], with r = t for the first
     `equal`. `tangent` is v in du/dt: the network's "own", u(x_t, t, t), or x1 - x0 of the "pair".
     """
-    t_ = t.view(-1, *[1] * (x0.dim() - 1))
+    t_ = t.view(-1, 1, 1, 1)  # one for each image
     x_t, target = (1 - t_) * x0 + t_ * x1, x1 - x0
     with torch.no_grad():
         x, t_gap, r_gap = x_t[equal:], t[equal:], r[equal:]  # where t < r
