@@ -115,6 +115,16 @@ def test_a_score_is_of_equally_many_real_and_drawn_images(n_real, n_fake, monkey
     assert torch.equal(distance[0][0], real) and len(distance[0][1]) == n_fake
 
 
+def test_classes_that_take_turns_are_no_luck():
+    """Without any part of such a set, its classes are as even as with it."""
+    real = torch.rand(50, 2, dtype=F64) * 2 - 1
+    even = compare.score(Pixels(), real, {"images": flat_images([0, 255] * 100)})
+    assert compare.standard_error(even["parts"]) < 0.01 * even["distance"]
+    random = flat_images([int(255 * (x < 0.5)) for x in torch.rand(200)])
+    uneven = compare.score(Pixels(), real, {"images": random})
+    assert compare.standard_error(uneven["parts"]) > 0.03 * uneven["distance"]
+
+
 def test_accuracy_is_the_share_that_is_read_as_it_was_asked_for():
     samples = {"images": flat_images([0, 1, 2, 253, 254, 255]),
                "labels": torch.tensor([0, 0, 1, 1, 1, 0])}
