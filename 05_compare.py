@@ -5,7 +5,7 @@ ten steps lose compared with a hundred. So a small classifier turns each image i
 numbers, its features. We compare the cloud of a sampler's images with that of the test
 digits: by the distance between Gaussians fitted to both; by the share of samples inside the
 cloud of digits (precision: are they digits?); by the share of digits inside the cloud of
-samples (recall: are all there?). A perfect sampler would score about what training digits do.
+samples (recall: are all there?). A perfect sampler scores about as training digits do.
 
     FD        = |µ_r - µ_g|² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)     Heusel et al. 2017, Eq. 6
     precision = share of φ_g with |φ_g - φ_r| ≤ R(φ_r) for some φ_r    Kynkäänniemi et al. 2019
@@ -14,14 +14,14 @@ samples (recall: are all there?). A perfect sampler would score about what train
 
     paper           code                               shape
     φ_r, φ_g        real, fake: features(judge, x)[0]  (10,000, 64), (N, 64): real, generated
-    µ, Σ = AᵀA      x.mean(0), factor(x)               (64,), (64, 64), in frechet_distance
+    µ, Σ = AᵀA      x.mean(0), factor(x)               (64,), (64, 64)
 
 FD, the Fréchet distance, is squared despite its name, and too large for a small set. So each
 size N has its own table, with the FD of N training digits: the floor. Claims on quality
 compare distances minus the floor. Other samples would score a little differently: how much,
 the standard error says, from leaving out each twentieth of the set in turn (a jackknife). A
-claim stays open if it is less than two standard errors from its limit. The other scripts make
-the sets, runs/*/eval_*.pt, with --eval-samples.
+claim stays open if it is less than two standard errors from its limit. The other scripts
+make the sets, runs/*/eval_*.pt, with --eval-samples.
 
     python 05_compare.py                       score what is in runs/: table, plots, verdicts
     python 05_compare.py --eval-samples 1000   the first 1,000 images of each set
@@ -100,8 +100,8 @@ def features(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """FD between the Gaussians fitted to two sets of features, (N, D) and (M, D).
 
-    A QR decomposition gives factors with Σ = AᵀA. The singular values of A_r A_gᵀ are the square
-    roots of the eigenvalues of Σ_r Σ_g, so their sum is tr (Σ_r Σ_g)^½: no matrix root is needed.
+    QR decompositions give factors with Σ = AᵀA. The singular values of A_r A_gᵀ are the square
+    roots of the eigenvalues of Σ_r Σ_g, so they add up to tr (Σ_r Σ_g)^½, without a matrix root.
     """
     def factor(x: Tensor) -> Tensor:
         return torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R
@@ -113,14 +113,14 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
 
 def standard_error(parts: Tensor) -> float:
-    """Of a figure of a set, from its values without each of K parts of it (Tukey's jackknife)."""
+    """Of a set's figure, from its values without each of K parts (Tukey's jackknife)."""
     return ((len(parts) - 1) * parts.var(correction=0)).sqrt().item()
 
 
 def share_inside(points: Tensor, cloud: Tensor, k: int = 3) -> float:
     """The share of `points` (N, D) within R(φ) of some φ in `cloud` (M, D)."""
     near = [torch.cdist(part, cloud).topk(k + 1, largest=False) for part in cloud.split(200)]
-    radii = torch.cat([part.values[:, -1] for part in near])  # R; the very nearest is φ itself
+    radii = torch.cat([part.values[:, -1] for part in near])  # R; φ itself is the nearest
     inside = [(torch.cdist(part, cloud) <= radii).any(1) for part in points.split(200)]
     return torch.cat(inside).double().mean().item()
 
@@ -181,7 +181,7 @@ def load_set(path: Path, most: int) -> dict:
 
 
 def add_notes(rows: list[dict]) -> None:
-    """Why a row has no verdict: it is not from the usual machine, or the second of its kind."""
+    """Why a row has no verdict: not from the usual machine, or a second of its kind."""
     usual = statistics.mode([row.get("hardware") for row in rows] or [""])
     seen = set()
     for row in rows:
@@ -207,8 +207,8 @@ COLUMNS = {  # key of a row: heading and format
 }
 HEADINGS = {key: heading for key, (heading, _) in COLUMNS.items()} | {"misread": "share misread"}
 
-LIKE = 1.25  # what "as good" allows, times the other's distance above the floor; "like": once
-VERDICTS = ["holds", "open", "does not hold"]  # a claim with two rules has the worse verdict
+LIKE = 1.25  # times the other's distance above the floor: "as good". "Like" is once
+VERDICTS = ["holds", "open", "does not hold"]  # of two rules, the worse counts
 # A claim has one set, the other, and rules: (key, sign, times the other's figure). 1 to 5 are a
 CLAIMS = [  # homework report's (RESULTS.md), 6 is ours.
     ("1a. DDIM-100 is many times faster than DDPM", ("diffusion", "DDIM", 100),
@@ -321,7 +321,7 @@ def make_figures(args, judge: Judge) -> None:
         chosen = [row for row in rows if row["N"] == n]
         training = {"images": common.to_uint8(images[:n]), "labels": labels[:n].cpu()}
         floor = score(judge, real, {"method": "training images"} | training)
-        for row in chosen if floor["N"] == n else ():  # not if there are fewer training images
+        for row in chosen if floor["N"] == n else ():  # no fewer training images
             row["above"] = row["distance"] - floor["distance"]
             row["parts"] -= floor["parts"]
             row["error"] = standard_error(row["parts"])
