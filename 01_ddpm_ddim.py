@@ -41,7 +41,7 @@ that is 0.01 here, errors grow 100 times. As ‖v - v̂‖² = ‖ε - ε̂‖²
 noisy x_t for more than theirs does.
 
     python 01_ddpm_ddim.py                              40 epochs, for a GPU
-    python 01_ddpm_ddim.py --epochs 5 --batch-size 64   an hour on one CPU core
+    python 01_ddpm_ddim.py --epochs 5 --batch-size 64   about an hour on one CPU core
     python 01_ddpm_ddim.py --sample-only                no training: the shipped weights
 
 Measured: 20 epochs take 69 seconds on an NVIDIA H200. Then 2,000 samples by DDIM with

@@ -206,11 +206,10 @@ COLUMNS = {  # key of a row: heading and format
     "note": ("not compared:", ""),
 }
 HEADINGS = {key: heading for key, (heading, _) in COLUMNS.items()} | {"misread": "share misread"}
-
-LIKE = 1.25  # times the other's distance above the floor: "as good". "Like" is once
-VERDICTS = ["holds", "open", "does not hold"]  # of two rules, the worse counts
-# A claim has one set, the other, and rules: (key, sign, times the other's figure). 1 to 5 are a
-CLAIMS = [  # homework report's (RESULTS.md), 6 is ours.
+VERDICTS = ["holds", "open", "does not hold"]  # a claim with two rules has the worse one
+LIKE = 1.25  # "as good": at most so many times the other's distance above the floor
+# A claim: its text, one set, the other, and rules (key, sign, times the other's figure).
+CLAIMS = [  # 1 to 5 are a homework report's (RESULTS.md), 6 is ours
     ("1a. DDIM-100 is many times faster than DDPM", ("diffusion", "DDIM", 100),
      ("diffusion", "DDPM", 1000), [("seconds", "<=", 0.2)]),
     ("1b. ... and almost as good", ("diffusion", "DDIM", 100),
@@ -243,14 +242,15 @@ def judge_rule(a: dict, b: dict, key: str, sign: str, times: float) -> str:
     margin = times * b[key] - a[key]
     if key == "above" and abs(margin) < 2 * standard_error(times * b["parts"] - a["parts"]):
         return "open"
-    return "holds" if (margin >= 0 if sign == "<=" else margin <= 0) else "does not hold"
+    holds = margin >= 0 if sign == "<=" else margin <= 0
+    return "holds" if holds else "does not hold"
 
 
 def judge_claim(rows: list[dict], claim: str, one: tuple, two: tuple, rules: list) -> list[str]:
     """Claim, rule, verdict and figures, from rows of equal N."""
-    rule = " and ".join(f"{HEADINGS[key]} {sign} {x:g} times" for key, sign, x in rules)
+    limits = " and ".join(f"{HEADINGS[key]} {sign} {x:g} times" for key, sign, x in rules)
     one_name, two_name = (" ".join(map(str, wanted)) for wanted in (one, two))
-    rule = f"{one_name}: {rule} that of {two_name}"
+    rule = f"{one_name}: {limits} that of {two_name}"
     a, b = find(rows, one), find(rows, two)
     lacking = [name for name, row in ((one_name, a), (two_name, b)) if not row]
     lacking = lacking or [HEADINGS[k] for k, _, _ in rules if None in (a.get(k), b.get(k))]
@@ -321,7 +321,7 @@ def make_figures(args, judge: Judge) -> None:
         chosen = [row for row in rows if row["N"] == n]
         training = {"images": common.to_uint8(images[:n]), "labels": labels[:n].cpu()}
         floor = score(judge, real, {"method": "training images"} | training)
-        for row in chosen if floor["N"] == n else ():  # no fewer training images
+        for row in chosen if floor["N"] == n else ():  # else the floor is of too few images
             row["above"] = row["distance"] - floor["distance"]
             row["parts"] -= floor["parts"]
             row["error"] = standard_error(row["parts"])
