@@ -72,9 +72,9 @@ def parse_args(argv: list[str] | None = None):
     add, count = parser.add_argument, number(int, 1)
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
     add("--steps", type=count, nargs="+", default=[1, 2, 5, 10, 100], help="numbers of Euler steps")
-    add("--ab2-steps", type=count, nargs="+", default=[5, 10], help="... and, for the flow, of AB2")
+    add("--ab2-steps", type=count, nargs="+", default=[5, 10], help="numbers of AB2 steps (flow)")
     add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="density of t in the flow")
-    add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="... in the reflow")
+    add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="density of t in the reflow")
     add("--pairs", type=count, default=120_000, help="pairs of noise and image to make")
     add("--pair-steps", type=count, default=10, help="steps of AB2 to make a pair")
     add("--reflow-epochs", type=count, default=10, help="passes over all the pairs")
@@ -91,9 +91,9 @@ def parse_args(argv: list[str] | None = None):
 T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative distribution
     "uniform": lambda u: u,
     # most t near the middle: Esser et al. 2024, Eq. 19, with m = 0, s = 1
-    "logit-normal": lambda u: (2**0.5 * torch.erfinv(2 * u - 1)).sigmoid(),
+    "logit-normal": lambda u: (2**0.5 * torch.erfinv(2 * u - 1)).sigmoid(),  # of N(0, 1)
     # most t near the ends, ∝ cosh(a (2t - 1)) with a = 4: Lee et al. 2024 (their code: a = 2)
-    "u-shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(4)) / 8,
+    "u-shaped": lambda u: 0.5 + torch.asinh((2 * u - 1) * math.sinh(4)) / 8,  # 8 = 2 a
     # half of all t are 0, the only t that one step uses; the others are u-shaped
     "half-at-0": lambda u: T_DENSITIES["u-shaped"]((2 * u - 1).clamp(min=0)),
     "all-at-0": lambda u: 0 * u,  # distillation (Liu et al.), for one step alone
@@ -170,9 +170,7 @@ def even_times(steps: int) -> list[float]:
 
 @torch.no_grad()
 def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
-    """From noise x0 (B, ...) to an image along dx = v dt by Euler's method; `trace(t, x_t, v)`,
-    if given, sees every step.
-    """
+    """Euler's method from noise x0 (B, ...) to an image; `trace(t, x_t, v)` sees every step."""
     x = x0
     for t, t_next in tqdm(list(pairwise(even_times(steps))), "Euler", leave=False, delay=2):
         v = model(x, torch.full((len(x),), t, device=x.device))
@@ -184,14 +182,15 @@ def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 @torch.no_grad()
 def adams_sample(model, x0: Tensor, steps: int, shift: float = 2.0) -> Tensor:
-    """As euler_sample, but a step takes the velocity at its middle, extrapolated from this
-    one and the last: Adams-Bashforth, O(1 / steps²) for smooth v. Steps near t = 0 are up to
-    `shift` times shorter (Esser et al. 2024, Eq. 23, with 1-t for t): that drew better. The
-    first step is Euler's, and so is the last: in pixels it ends at x̂_1, without noise.
+    """As euler_sample, but by Adams-Bashforth: a step takes the velocity at its middle,
+    extrapolated from this one and the last. Its error is O(1 / steps²) for smooth v. Steps
+    near t = 0 are up to `shift` times shorter (Esser et al. 2024, Eq. 23, with 1-t for t),
+    which drew better. The first and last step are Euler's: in 04 the last then ends at x̂_1.
     """
     x, v_old, h_old = x0, None, None
     for t, t_next in pairwise([s / (shift - (shift - 1) * s) for s in even_times(steps)]):
-        v, h = model(x, torch.full((len(x),), t, device=x.device)), t_next - t
+        v = model(x, torch.full((len(x),), t, device=x.device))
+        h = t_next - t
         slope = (v - v_old) / h_old if t > 0 and t_next < 1 else 0  # 0: Euler
         x = x + h * (v + h / 2 * slope)
         v_old, h_old = v, h
@@ -206,21 +205,19 @@ def straightness(model, x0: Tensor, steps: int) -> float:
 
 
 def make_pairs(model, n: int, steps: int, rng, device="cpu") -> tuple[Tensor, Tensor]:
-    """n pairs (x0, x1), (n, 1, 28, 28) each: noise x0 drawn from `rng`, and the image
-    x1 that the flow makes of it in `steps` steps of AB2.
-    """
+    """n pairs (x0, x1), (n, 1, 28, 28) each: noise, and what `steps` steps of AB2 make of it."""
     x0 = torch.randn(n, 1, 28, 28, generator=rng).to(device)
     parts = x0.split(1000 if x0.is_cuda else 100)
     return x0, torch.cat([adams_sample(model, part, steps) for part in parts])
 
 
 def train(args) -> dict[str, nn.Module]:
-    """Train the flow, make pairs, train the reflow on them."""
+    """Trains the flow, makes pairs, trains the reflow on them; returns moving averages."""
     images, _ = common.load_images(args)
     torch.manual_seed(args.seed)
     models, folder = make_models(args), args.out_dir / "pairs"
     stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, images)
-    if stage.done < args.epochs:  # so this flow will change: its pairs and reflow are old
+    if stage.done < args.epochs:  # the flow will change: its pairs and reflow are no use
         shutil.rmtree(folder, ignore_errors=True)
         args.state["networks"].pop("reflow", None)
     for (x1,) in stage:
@@ -263,15 +260,16 @@ def make_figures(args, flow: nn.Module, reflow: nn.Module) -> None:
     draw_path(args, nets, noise)
 
     samplers = []
-    for method, sampler, solve, numbers in (
+    for method, sampler, solve, counts in (
             ("rectified flow", "Euler", euler_sample, args.steps),
             ("rectified flow", "AB2", adams_sample, args.ab2_steps),
             ("reflow", "Euler", euler_sample, args.steps)):
-        for n in sorted({*numbers}):
+        for n in sorted({*counts}):
             name = f"{method}, {sampler}, {n} step{'s' * (n > 1)}"
             made = {"name": name, "method": method, "sampler": sampler, "steps": n}
-            samplers.append((made, lambda x, rng, net=nets[method], solve=solve, n=n:
-                             solve(net, x, n)))
+            def sample(x, rng, net=nets[method], solve=solve, n=n):
+                return solve(net, x, n)
+            samplers.append((made, sample))
     straight = {name: straightness(net, noise, 100) for name, net in nets.items()}
     title = "Columns share their noise"
     common.measure(args, samplers, noise, title, straightness=straight)
@@ -279,20 +277,20 @@ def make_figures(args, flow: nn.Module, reflow: nn.Module) -> None:
 
 def draw_path(args, nets: dict, x0: Tensor) -> None:
     """Paths before and after the reflow: two digits as stills, eight as a film."""
-    paths = {name: [] for name in nets}  # (x_t, x̂_1) at each of 31 times
-    for name, net in nets.items():
-        keep = lambda t, x, v, name=name: paths[name].append((x, x + (1 - t) * v))
-        x1 = euler_sample(net, x0, 30, trace=keep)
-        paths[name].append((x1, x1))
+    def path(net):
+        states = []  # (x_t, x̂_1) at every step
+        x1 = euler_sample(net, x0, 30, lambda t, x, v: states.append((x, x + (1 - t) * v)))
+        return [*states, (x1, x1)]
+    paths = [path(net) for net in nets.values()]
     # for two digits, and each network: a row of x_t, and one of x̂_1
-    images = [state[k][i] for i in range(2) for path in paths.values()
+    images = [state[k][i] for i in range(2) for path in paths
               for k in (0, 1) for state in path[::3]]
     title = "On the path: x_t, and below it the image that the network draws, x̂₁"
     rows = [f"{name}: {what}" for name in nets for what in ("x_t", "x̂₁")] * 2
     below = [f"t={i / 10:.1f}" for i in range(11)]
     file = args.out_dir / "samples_path.png"
     common.save_grid(torch.stack(images), file, title, 11, rows, below)
-    film = [torch.cat([x[:8] for x, _ in states]) for states in zip(*paths.values())]
+    film = [torch.cat([x[:8] for x, _ in states]) for states in zip(*paths)]
     common.save_gif(film[::2], args.out_dir / "path.gif", columns=8)
 
 

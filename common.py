@@ -150,7 +150,7 @@ def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float
     add("--out-dir", type=Path, default=Path("runs", script), help="folder of the results")
     add("--resume", action="store_true", help="continue from the checkpoint in --out-dir")
     add("--sample-only", action="store_true", help="no training: use that checkpoint, or weights/")
-    add("--eval-samples", type=number(int, 0), help="size of sets for 05 (training on CUDA: 10000)")
+    add("--eval-samples", type=number(int, 0), help="samples for 05 (10000 after training on CUDA)")
     add("--no-graphs", action="store_true", help="do not use CUDA graphs")
     add("--fast-dev", action="store_true", help="a complete run in miniature, in seconds")
     return parser
@@ -215,7 +215,7 @@ def as_function(model: nn.Module, args: argparse.Namespace):
 
 class Muon(torch.optim.AdamW):
     """AdamW, but convolutions with at least 16 channels take steps of Muon (Jordan 2024): if
-    the mean of recent gradients, as a matrix, is U S Vᵀ, the step is almost U Vᵀ."""
+    the mean of recent gradients, as a matrix, is U S Vᵀ (its SVD), the step is almost U Vᵀ."""
     @torch.no_grad()
     def step(self) -> None:
         group = self.param_groups[0]
@@ -256,9 +256,9 @@ class Stage:
             args.state["history"] = [x for x in args.state["history"] if x["stage"] != name]
 
     def __iter__(self):
-        """Yields batches. On CUDA the loop's body runs three times. The fourth time in an epoch it
-        is recorded as a graph, and from then on the graph is replayed, without Python: so the body
-        must do the same for every batch, on the GPU alone."""
+        """Yields batches. On CUDA, Python runs the loop's body for three of them. For the fourth,
+        its work is recorded as a CUDA graph, which is replayed for all others, also of later
+        epochs, without Python. So the body must do the same for every batch, on the GPU alone."""
         args, total, self.graph = self.args, self.epochs * self.steps, None
         self.index = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
         self.rate = torch.zeros((), device=args.device)  # tensors, which a graph reads anew
@@ -308,7 +308,7 @@ class Stage:
         self.optimizer.step()
         share = min(10 / (self.epochs * self.steps), 1)  # an average over a tenth of the run
         torch._foreach_lerp_(self.slow, self.fast, share)
-        self.loss = loss.detach_()  # a graph cannot be recorded while a step before it is alive
+        self.loss = loss.detach_()  # else it keeps the step alive, and a graph cannot be recorded
 
 
 def stopped(args: argparse.Namespace):
@@ -382,7 +382,7 @@ def measure(args, samplers: list, noise: Tensor, overview: str, below=(), **more
     large = noise.repeat(63, 1, 1, 1)[: 1000 if noise.is_cuda else 64]  # 16 noises, repeated
     least = 0 if args.fast_dev else 2
     for made, sample in samplers:
-        images, seconds = time_sampler(sample, noise, args.seed + 1, least)  # not noise's seed
+        images, seconds = time_sampler(sample, noise, args.seed + 1, least)  # not the noise's
         title = f"{made['name']}: {len(noise)} images in {seconds:.3f} s"
         made |= {"file": re.sub("[ ,=]+", "_", made["name"]), "images": len(noise)}
         save_grid(images, args.out_dir / f"samples_{made['file']}.png", title, columns=8)

@@ -1,6 +1,6 @@
 """Every script as a user runs it: a process in a folder of its own, without a network.
 
-    pytest                  these, and all in tests/: eleven minutes on two cores of a slow machine
+    pytest                  these, and all in tests/: about ten minutes on two cores
     pytest test_smoke.py    these alone: five
 """
 
