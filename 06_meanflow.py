@@ -197,12 +197,12 @@ def meanflow_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 
 def train(args) -> dict[str, nn.Module]:
-    """Train a flow, then, from its weights, the average velocity."""
+    """Trains a flow, then, from its weights, the average velocity; returns moving averages."""
     images, _ = common.load_images(args)
     torch.manual_seed(args.seed)
     models = make_models(args)
     stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, images)
-    if stage.done < args.epochs:  # so this flow will change: a MeanFlow from it is old
+    if stage.done < args.epochs:  # the flow will change: a MeanFlow from it is no use
         args.state["networks"].pop("meanflow", None)
     for (x1,) in stage:
         x0 = torch.randn_like(x1)
