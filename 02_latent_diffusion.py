@@ -2,12 +2,12 @@
 
 Most pixels say little, yet diffusion in pixels works on all of them in every step. So a
 variational autoencoder (VAE) first learns to turn an image into 64 numbers, its latent, and
-back. Its encoder gives means µ and variances σ², and its decoder must rebuild the image from
-a random z ~ N(µ, σ²), so latents near µ decode to similar images. A second term of the loss,
-w times the KL divergence, pulls every N(µ, σ²) towards N(0, I). With w = 1 the decoder could
-turn z ~ N(0, I) into digits, but blurred ones. Our w = 0.05 keeps images sharp, but few such
-z are digits (samples.png, first row). So stage two trains the diffusion of 01 on latents: it
-turns noise into a latent, and the decoder turns that into an image.
+back. Its encoder gives means µ and variances σ², and its decoder must rebuild the image
+from a random z ~ N(µ, σ²), so latents near µ decode to similar images. A second term of the
+loss, w times the KL divergence, pulls every N(µ, σ²) towards N(0, I). With w = 1 the
+decoder could turn z ~ N(0, I) into digits, but blurred ones. Our w = 0.05 keeps images
+sharp, but few such z are digits (samples.png, first row). So stage two trains the diffusion
+of 01 on latents: it turns noise into a latent, and the decoder turns that into an image.
 
     q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         w = 1: minus their Eq. 10
@@ -28,7 +28,7 @@ order, which convolutions expect, unlike Rombach's latents (see "other networks"
 
 Measured: DDIM-100 draws 4.2 times as many digits a second as in pixels on an NVIDIA H200.
 After 56 epochs, the Fréchet distance of 1,000 to the test digits is 0.422 (05_compare.py;
-lower is better), in pixels after 20 epochs 0.299, of training digits 0.155. Luck: ±0.13.
+lower is better), in pixels 0.299 (20 epochs), of training digits 0.155. Luck moves it by 0.13.
 """
 
 import math
@@ -268,7 +268,7 @@ def train(args) -> dict[str, nn.Module]:
     torch.manual_seed(args.seed)
     models = make_models(args)
     stage = common.Stage(args, "vae", models["vae"], args.vae_epochs, args.vae_lr, images)
-    if stage.done < args.vae_epochs:  # the VAE will change: a U-Net of old latents is no use
+    if stage.done < args.vae_epochs:  # the VAE will change: drop a U-Net of its old latents
         args.state["networks"].pop("diffusion", None)
     for (x,) in stage:
         stage.step(vae_loss(stage.model, x, args.kl_weight))

@@ -3,13 +3,13 @@
 CAREFUL: x_0 was the image in 01. Here x_0 is the NOISE, and x_1 is the image.
 
 Pair each image with random noise, new each time, and draw a straight line between them. A
-network learns the velocity of the lines, x_1 - x_0, at each point and time. Where lines cross,
-it learns the mean of their velocities. To sample, start from fresh noise and follow this
-velocity. The path bends, so this takes many small steps. Reflow makes the paths straighter:
-pair each of many noises with the image at the end of its path, and train a copy of the network
-on these pairs. Two paths never meet, since each point and time has one velocity. The straight
-lines between their ends still could cross, but hardly do. So after the reflow one step gets
-near the end.
+network learns the velocity of the lines, x_1 - x_0, at each point and time. Where lines
+cross, it learns the mean of their velocities. To sample, start from fresh noise and follow
+this velocity. The path bends, so this takes many small steps. Reflow makes the paths
+straighter: pair each of many noises with the image at the end of its path, and train a copy
+of the network on these pairs. Two paths never meet, since each point and time has one
+velocity. The straight lines between their ends still could cross, but hardly do. So after
+the reflow one step gets near the end.
 
     x_t    = (1-t) x_0 + t x_1                                    Liu et al. 2022, section 2.1
     loss   = E ‖(x_1 - x_0) - v_θ(x_t, t)‖², t by --flow-t        Liu, Eq. 1, with uniform t
@@ -31,14 +31,16 @@ Lines between random pairs cross, so the loss never gets to 0.
 
 Why does the network predict an image, and not v itself? v = x_1 - x_0 contains the noise of
 every pixel, and a network cannot copy that exactly: some grey stays in the black. If it
-predicts x̂_1, the last step, z_t + (1-t) v_θ, ends at x̂_1 itself, and black is easy to predict.
-After a shorter reflow than below, one step had a Fréchet distance of 0.917, but 1.71 where the
-network predicted v. The flow itself is worse this way, by 10% with ten steps (RESULTS.md).
+predicts x̂_1, the last step, z_t + (1-t) v_θ, ends at x̂_1 itself, and black is easy to
+predict. After a shorter reflow than below, one step had a Fréchet distance of 0.917, but
+1.71 where the network predicted v. The flow itself is worse this way, by 10% with ten steps
+(RESULTS.md).
 
 Euler's step takes the velocity at its start, although the path bends. AB2 estimates the
 velocity in the middle of the step: v here and v one step ago tell how it changes, without
-another call of the network. Our AB2 also takes shorter steps near the noise, where v changes
-faster than it does later (except after t = 0.9). Its first and last steps are Euler's.
+another call of the network. Our AB2 also takes shorter steps near the noise, where v
+changes faster than it does later (except after t = 0.9). Its first and last steps are
+Euler's.
 
     python 04_rectified_flow.py                 flow, pairs and reflow, for a GPU
 

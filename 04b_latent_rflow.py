@@ -16,7 +16,7 @@ CAREFUL: as in 04, x_0 is the NOISE, and x_1 the data, here a latent. 02 calls t
 
 vs 04: the network predicts v itself. Exact black is hard for v, but the decoder draws it.
 
-    python 04b_latent_rflow.py              for a GPU; five hours on one core of an AMD EPYC
+    python 04b_latent_rflow.py              for a GPU; about 5 hours on a core of an AMD EPYC
 
 Flow: 12 epochs, then --resume to 28 and to 40. Fréchet distances of 5,000 samples (real
 digits: 0.058), and straightness S (04) of 16 paths in 100 Euler steps:
