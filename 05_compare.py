@@ -1,11 +1,12 @@
-"""How good and how fast are the samples? A classifier scores them, and rules judge claims.
+"""How good and how fast are the samples? A classifier scores them, and nine claims are tested.
 
 A picture shows that digits look like digits, but not whether all kinds are there, or what
 ten steps lose compared with a hundred. So a small classifier turns each image into 64
 numbers, its features. We compare the cloud of a sampler's images with that of the test
 digits: by the distance between Gaussians fitted to both; by the share of samples inside the
 cloud of digits (precision: are they digits?); by the share of digits inside the cloud of
-samples (recall: are all there?). A perfect sampler scores about as training digits do.
+samples (recall: are all there?). Training digits, which the classifier has learned, serve as
+a yardstick: a perfect sampler would score about as they do.
 
     FD        = |µ_r - µ_g|² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)     Heusel et al. 2017, Eq. 6
     precision = share of φ_g with |φ_g - φ_r| ≤ R(φ_r) for some φ_r    Kynkäänniemi et al. 2019
@@ -13,23 +14,24 @@ samples (recall: are all there?). A perfect sampler scores about as training dig
     R(φ) is the distance from φ to its third-nearest neighbour in its own set
 
     paper           code                               shape
-    φ_r, φ_g        real, fake: features(judge, x)[0]  (10,000, 64), (N, 64): real, generated
-    µ, Σ = AᵀA      x.mean(0), factor(x)               (64,), (64, 64)
+    φ_r, φ_g        real, fake: features(judge, x)[0]  (10,000, 64), (N, 64)
+    µ, A (Σ = AᵀA)  x.mean(0), factor(x)               (64,), (64, 64)
 
-FD, the Fréchet distance, is squared despite its name, and too large for a small set. So each
-size N has its own table, with the FD of N training digits: the floor. Claims on quality
-compare distances minus the floor. Other samples would score a little differently: how much,
-the standard error says, from leaving out each twentieth of the set in turn (a jackknife). A
-claim stays open if it is less than two standard errors from its limit. The other scripts
-make the sets, runs/*/eval_*.pt, with --eval-samples.
+FD, the Fréchet distance, is really a squared distance, and a small set makes it too large. So
+each size N has its own table, with the FD of N training digits: the floor. Claims on quality
+compare distances minus the floor, and stay open within two standard errors of their limit. The
+error comes from leaving out each twentieth of a set in turn (a jackknife): it says how far other
+samples might score, but not how far a network trained anew. The other scripts make the sets,
+runs/*/eval_*.pt, with --eval-samples.
 
     python 05_compare.py                       score what is in runs/: table, plots, verdicts
     python 05_compare.py --eval-samples 1000   the first 1,000 images of each set
     python 05_compare.py FILE.pt FOLDER        score these: a .pt, or a folder of 28x28 PNGs
     python 05_compare.py --train-judge         train the classifier again, on --dataset
 
-The classifier reads 99.66% of the test digits. A high recall alone proves little: scattered
-samples have a large R. Faint pixels (1 to 15 of 255) are mostly noise: "FD without them".
+The classifier reads 99.66% of the test digits correctly. A high recall alone proves little:
+scattered samples have a large R. Faint pixels (1 to 15 of 255) are noise in the black or soft
+edges; "FD without them" turns them black in the samples, not in the test digits.
 """
 
 import statistics
@@ -53,8 +55,8 @@ def parse_args(argv: list[str] | None = None):
     add("--train-judge", action="store_true", help="train the classifier of --dataset")
     add("--runs", type=Path, help="folder of all results; None: that of --out-dir")
     tiny = {"dataset": "synthetic", "train_images": 512, "epochs": 2, "batch_size": 32}
-    look = parser.parse_args(argv)
-    training = look.train_judge or look.resume or look.fast_dev
+    first = parser.parse_args(argv)  # a first look, for the default of --sample-only
+    training = first.train_judge or first.resume or first.fast_dev
     parser.set_defaults(eval_samples=10_000, sample_only=not training)
     args = common.parse(parser, argv, tiny)
     args.runs = args.runs or args.out_dir.parent
@@ -93,8 +95,7 @@ def features(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
     device = judge.classify.weight.device
     phi = torch.cat([judge.features(part.to(device) / 127.5 - 1) for part in images.split(500)])
     digits = judge.classify(phi).argmax(1).cpu()
-    phi = phi if phi.is_cuda else phi.cpu()  # Apple's GPUs have no float64
-    return phi.double(), digits
+    return (phi if phi.is_cuda else phi.cpu()).double(), digits  # Apple's GPUs: no float64
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
@@ -112,9 +113,9 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     return (shift + a_r.square().sum() + a_g.square().sum() - 2 * cross).item()
 
 
-def standard_error(parts: Tensor) -> float:
-    """Of a set's figure, from its values without each of K parts (Tukey's jackknife)."""
-    return ((len(parts) - 1) * parts.var(correction=0)).sqrt().item()
+def standard_error(without: Tensor) -> float:
+    """Of a set's figure, from its values without each of K blocks (Tukey's jackknife)."""
+    return ((len(without) - 1) * without.var(correction=0)).sqrt().item()
 
 
 def share_inside(points: Tensor, cloud: Tensor, k: int = 3) -> float:
@@ -131,9 +132,9 @@ def score(judge: Judge, real: Tensor, samples: dict) -> dict:
     phi, digits = features(judge, images)
     row = {key: value for key, value in samples.items() if key not in ("images", "labels")}
     row |= {"N": len(phi), "distance": frechet_distance(real, phi)}
-    part = torch.arange(len(phi)) * 20 // len(phi)  # in a row: 03's classes take turns
-    row["parts"] = torch.tensor([frechet_distance(real, phi[part != k]) for k in part.unique()])
-    faint = (images > 0) & (images < 16)  # mostly noise in the black; in digits, soft edges
+    block = torch.arange(len(phi)) * 20 // len(phi)  # twentieths with all classes in each
+    row["without"] = torch.tensor([frechet_distance(real, phi[block != k]) for k in block.unique()])
+    faint = (images > 0) & (images < 16)
     row["faint"] = faint.double().mean().item()
     row["cleaned"] = frechet_distance(real, features(judge, images.masked_fill(faint, 0))[0])
     n = min(len(real), len(phi))  # equally many of both
@@ -160,8 +161,8 @@ def train(args) -> dict[str, nn.Module]:
     return {"judge": stage.ema}
 
 
-def load_set(path: Path, most: int) -> dict:
-    """The first `most` samples of an evaluation set, or of a folder of 28x28 PNGs."""
+def load_set(path: Path, limit: int) -> dict:
+    """The first `limit` samples of an evaluation set, or of a folder of 28x28 PNGs."""
     form = "a .pt of a dict with images, uint8 (N, 1, 28, 28), N >= 5, or a folder of PNGs"
     with common.one_line_error(f"{path} is no evaluation set ({form})"):
         if path.is_dir():
@@ -173,11 +174,11 @@ def load_set(path: Path, most: int) -> dict:
         assert images.dtype == torch.uint8 and images.shape[1:] == (1, 28, 28) and len(images) > 4
         assert "labels" not in samples or samples["labels"].shape == (len(images),)
         samples = {"method": str(path), "sampler": "", "steps": None} | samples
-        samples |= {"shows": samples.get("args", {}).get("dataset", ""),
+        samples |= {"dataset": samples.get("args", {}).get("dataset", ""),
                     "network_calls": samples.get("network_calls", samples["steps"])}
-        assert all(type(samples[key]) is str for key in ("method", "sampler", "shows"))
-        score_table([samples])  # fails where a figure is no number
-        return samples | {k: samples[k][:most] for k in ("images", "labels") if k in samples}
+        assert all(type(samples[key]) is str for key in ("method", "sampler", "dataset"))
+        score_table([samples])  # formats each figure, so one that is no number fails here
+        return samples | {k: samples[k][:limit] for k in ("images", "labels") if k in samples}
 
 
 def add_notes(rows: list[dict]) -> None:
@@ -205,28 +206,28 @@ COLUMNS = {  # key of a row: heading and format
     "seconds": ("seconds for 16", ".3g"), "images_per_second": ("images/s", ",.1f"),
     "note": ("not compared:", ""),
 }
-HEADINGS = {key: heading for key, (heading, _) in COLUMNS.items()} | {"misread": "share misread"}
+HEADINGS = {key: COLUMNS[key][0] for key in COLUMNS} | {"misread": "share misread"}
 VERDICTS = ["holds", "open", "does not hold"]  # a claim with two rules has the worse one
-LIKE = 1.25  # "as good": at most so many times the other's distance above the floor
-# A claim: its text, one set, the other, and rules (key, sign, times the other's figure).
+AS_GOOD = 1.25  # at most so many times the other's distance above the floor
+# A claim: its text, one set, the other, and rules (key, sign, how many times the other's figure).
 CLAIMS = [  # 1 to 5 are a homework report's (RESULTS.md), 6 is ours
     ("1a. DDIM-100 is many times faster than DDPM", ("diffusion", "DDIM", 100),
      ("diffusion", "DDPM", 1000), [("seconds", "<=", 0.2)]),
     ("1b. ... and almost as good", ("diffusion", "DDIM", 100),
-     ("diffusion", "DDPM", 1000), [("above", "<=", LIKE)]),
+     ("diffusion", "DDPM", 1000), [("above", "<=", AS_GOOD)]),
     ("2. Latent diffusion is cheaper and as good", ("latent diffusion", "DDIM", 100),
-     ("diffusion", "DDIM", 100), [("images_per_second", ">=", 1), ("above", "<=", LIKE)]),
+     ("diffusion", "DDIM", 100), [("images_per_second", ">=", 1), ("above", "<=", AS_GOOD)]),
     ("3. Guidance makes digits more distinct", ("guided diffusion", "DDIM", 100, 3),
      ("guided diffusion", "DDIM", 100, 1), [("misread", "<=", 0.5)]),
-    ("4a. One step after reflow is like five before", ("reflow", "Euler", 1),
+    ("4a. One step after reflow is no worse than five before", ("reflow", "Euler", 1),
      ("rectified flow", "Euler", 5), [("above", "<=", 1)]),
     ("4b. ... and in the latent", ("latent reflow", "Euler", 1),
      ("latent flow", "Euler", 5), [("above", "<=", 1)]),
     ("5a. The latent flow needs fewer steps", ("latent flow", "Euler", 5),
-     ("rectified flow", "Euler", 10), [("above", "<=", LIKE)]),
+     ("rectified flow", "Euler", 10), [("above", "<=", AS_GOOD)]),
     ("5b. ... or less time", ("latent flow", "Euler", 10),
-     ("rectified flow", "Euler", 10), [("images_per_second", ">=", 1), ("above", "<=", LIKE)]),
-    ("6. One step without pairs is like one after reflow", ("MeanFlow", "MeanFlow", 1),
+     ("rectified flow", "Euler", 10), [("images_per_second", ">=", 1), ("above", "<=", AS_GOOD)]),
+    ("6. One step without pairs is no worse than one after reflow", ("MeanFlow", "MeanFlow", 1),
      ("reflow", "Euler", 1), [("above", "<=", 1)]),
 ]
 
@@ -238,9 +239,9 @@ def find(rows: list[dict], wanted: tuple) -> dict | None:
 
 
 def judge_rule(a: dict, b: dict, key: str, sign: str, times: float) -> str:
-    """Is a's figure on the right side of the limit, b's figure `times`, or may luck decide?"""
+    """Is a's figure on the right side of its limit, `times` b's figure, or may luck decide?"""
     margin = times * b[key] - a[key]
-    if key == "above" and abs(margin) < 2 * standard_error(times * b["parts"] - a["parts"]):
+    if key == "above" and abs(margin) < 2 * standard_error(times * b["without"] - a["without"]):
         return "open"
     holds = margin >= 0 if sign == "<=" else margin <= 0
     return "holds" if holds else "does not hold"
@@ -255,8 +256,8 @@ def judge_claim(rows: list[dict], claim: str, one: tuple, two: tuple, rules: lis
     lacking = [name for name, row in ((one_name, a), (two_name, b)) if not row]
     lacking = lacking or [HEADINGS[k] for k, _, _ in rules if None in (a.get(k), b.get(k))]
     if lacking:  # no such set, or it has no times or labels
-        return [claim, rule, "not measured", f"no {lacking[0]} (--eval-samples)"]
-    verdict = max((judge_rule(a, b, *rule) for rule in rules), key=VERDICTS.index)
+        return [claim, rule, "not measured", f"no {lacking[0]} to compare; see --eval-samples"]
+    verdict = max((judge_rule(a, b, *r) for r in rules), key=VERDICTS.index)
     figures = [f"{HEADINGS[key]} {a[key]:.4g} against {b[key]:.4g}" for key, _, _ in rules]
     return [claim, rule, verdict, "; ".join(figures)]
 
@@ -278,8 +279,7 @@ def score_table(rows: list[dict]) -> str:
 
 def draw(args, n: int, rows: list[dict], floor: dict) -> None:
     """Quality against network calls, time and guidance, for sets of n images."""
-    for x, xlabel in (("network_calls", "network calls for an image"),
-                      ("seconds", "seconds for 16 images")):
+    for x, xlabel in ("network_calls", "network calls for an image"), ("seconds", "seconds for 16"):
         lines, timed = {}, [row for row in rows if row.get(x) is not None]
         for row in timed:
             scale = "" if row.get("guidance") is None else f", s = {row['guidance']:g}"
@@ -298,14 +298,14 @@ def draw(args, n: int, rows: list[dict], floor: dict) -> None:
                 lines.setdefault(f"{y}, {row['sampler']}", []).append((row["guidance"], row[y]))
     if lines:
         common.save_plot(args.out_dir / f"guidance_{n}.png", lines, xlabel="guidance scale",
-                         title=f"Guidance trades variety for clarity, N = {n:,}", ylabel="share")
+                         title=f"Clarity and variety by guidance, N = {n:,}", ylabel="share")
 
 
 def make_figures(args, judge: Judge) -> None:
     """Score the sets: a table, plots and verdicts for each size N."""
     paths = args.files or sorted(args.runs.glob("*/eval_*.pt"))
     sets = {str(path): load_set(path, args.eval_samples) for path in paths}
-    if wrong := [path for path, made in sets.items() if made["shows"] not in ("", args.dataset)]:
+    if wrong := [path for path, made in sets.items() if made["dataset"] not in ("", args.dataset)]:
         sys.exit(f"the classifier of {args.dataset} cannot judge these: {', '.join(wrong)}")
     test_images, test_labels = common.load_images(args, train=False)
     real, digits = features(judge, common.to_uint8(test_images))
@@ -315,16 +315,16 @@ def make_figures(args, judge: Judge) -> None:
     rows = [score(judge, real, made | ({"method": path} if args.files else {}))
             for path, made in tqdm(sets.items(), "sets")]
     add_notes(rows)
-    order = lambda row: [row.get(key) or 0 for key in ("steps", "guidance")]
-    rows.sort(key=lambda row: (row["note"], row["method"], row["sampler"], *order(row)))
+    rows.sort(key=lambda row: (row["note"], row["method"], row["sampler"],
+                               row["steps"] or 0, row.get("guidance") or 0))
     for n in sorted({row["N"] for row in rows}) or [args.eval_samples]:
         chosen = [row for row in rows if row["N"] == n]
         training = {"images": common.to_uint8(images[:n]), "labels": labels[:n].cpu()}
         floor = score(judge, real, {"method": "training images"} | training)
-        for row in chosen if floor["N"] == n else ():  # else the floor is of too few images
+        for row in chosen if floor["N"] == n else []:  # else there are too few training images
             row["above"] = row["distance"] - floor["distance"]
-            row["parts"] -= floor["parts"]
-            row["error"] = standard_error(row["parts"])
+            row["without"] -= floor["without"]
+            row["error"] = standard_error(row["without"])
         text += f"\nSets of N = {n:,} (floor: {floor['N']:,}):\n\n{score_table([*chosen, floor])}"
         if not args.files:
             chosen = [row for row in chosen if not row["note"]]

@@ -119,9 +119,9 @@ def test_classes_that_take_turns_are_no_luck():
     """Without any part of such a set, its classes are as even as with it."""
     real = torch.rand(50, 2, dtype=F64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     even = compare.score(Pixels(), real, {"images": flat_images([0, 255] * 100)})
-    assert compare.standard_error(even["parts"]) < 1e-6
+    assert compare.standard_error(even["without"]) < 1e-6
     sorted_ = compare.score(Pixels(), real, {"images": flat_images([0] * 100 + [255] * 100)})
-    assert compare.standard_error(sorted_["parts"]) > 1e-3
+    assert compare.standard_error(sorted_["without"]) > 1e-3
 
 
 def test_accuracy_is_the_share_that_is_read_as_it_was_asked_for():
@@ -195,7 +195,7 @@ def test_a_classifier_trained_on_synthetic_digits_reads_others(fast_dev):
 CLAIMS = {claim[0].split(".")[0]: claim for claim in compare.CLAIMS}
 SURE = torch.zeros(20)  # no luck in the distance
 ROW = {"method": "diffusion", "sampler": "DDIM", "steps": 100, "above": 1.2, "seconds": 1.0,
-       "images_per_second": 20.0, "parts": SURE}
+       "images_per_second": 20.0, "without": SURE}
 SPREAD = torch.tensor([-0.01, 0.01] * 10)  # a standard error of 0.01 √19 = 0.0436
 DDPM = ROW | {"sampler": "DDPM", "steps": 1000}
 LATENT = ROW | {"method": "latent diffusion"}
@@ -209,12 +209,13 @@ GUIDED = [ROW | {"method": "guided diffusion", "guidance": 1, "misread": 0.02},
     ("1b", [DDPM | {"above": 0.97}], "holds"),
     ("1b", [DDPM | {"above": 0.95}], "does not hold"),
     # the margin is 1.25 · 0.89 - 1.2 = -0.0875, its standard error √19 |1.25 · 0.01 - 0| = 0.0545
-    ("1b", [DDPM | {"above": 0.89, "parts": SPREAD}], "open"),
-    ("1b", [DDPM | {"above": 0.87, "parts": SPREAD}], "does not hold"),  # -0.1125 < -0.109
-    ("1b", [DDPM | {"above": 1.05, "parts": SPREAD}], "holds"),  # 0.1125
-    ("1b", [DDPM | {"above": 1.04, "parts": SPREAD}], "open"),
-    ("2", [LATENT | {"images_per_second": 19.0, "above": 1.45, "parts": SPREAD}], "does not hold"),
-    ("2", [LATENT | {"images_per_second": 21.0, "above": 1.45, "parts": SPREAD}], "open"),
+    ("1b", [DDPM | {"above": 0.89, "without": SPREAD}], "open"),
+    ("1b", [DDPM | {"above": 0.87, "without": SPREAD}], "does not hold"),  # -0.1125 < -0.109
+    ("1b", [DDPM | {"above": 1.05, "without": SPREAD}], "holds"),  # 0.1125
+    ("1b", [DDPM | {"above": 1.04, "without": SPREAD}], "open"),
+    ("2", [LATENT | {"images_per_second": 19.0, "above": 1.45, "without": SPREAD}],
+     "does not hold"),
+    ("2", [LATENT | {"images_per_second": 21.0, "above": 1.45, "without": SPREAD}], "open"),
     ("1b", [DDPM | {"steps": 500}], "not measured"),
     ("2", [LATENT | {"images_per_second": 21.0}], "holds"),
     ("2", [LATENT | {"images_per_second": 19.0}], "does not hold"),
@@ -240,11 +241,11 @@ def test_what_a_claim_lacks_is_named():
         assert found[2] == "not measured"
         return found[3]
 
-    assert lacking() == "no diffusion DDIM 100 (--eval-samples)"
-    assert lacking(ROW) == "no diffusion DDPM 1000 (--eval-samples)"
+    assert lacking() == "no diffusion DDIM 100 to compare; see --eval-samples"
+    assert lacking(ROW) == "no diffusion DDPM 1000 to compare; see --eval-samples"
     untimed = {key: value for key, value in ROW.items() if key != "seconds"}
     for row in (untimed, ROW | {"seconds": None}):
-        assert lacking(row, DDPM) == "no seconds for 16 (--eval-samples)"
+        assert lacking(row, DDPM) == "no seconds for 16 to compare; see --eval-samples"
 
 
 def test_all_six_claims_are_judged():
@@ -254,10 +255,11 @@ def test_all_six_claims_are_judged():
 
 def test_sets_of_the_same_noise_share_their_luck():
     """A claim about two sets whose distances move together is decided, however much they move."""
-    flow = ROW | {"method": "rectified flow", "sampler": "Euler", "steps": 5, "parts": 10 * SPREAD}
+    flow = ROW | {"method": "rectified flow", "sampler": "Euler", "steps": 5}
+    flow["without"] = 10 * SPREAD
     reflow = flow | {"method": "reflow", "steps": 1, "above": 1.19}
     assert compare.judge_claim([flow, reflow], *CLAIMS["4a"])[2] == "holds"
-    reflow["parts"] = 10 * SPREAD.roll(1)  # now they move apart
+    reflow["without"] = 10 * SPREAD.roll(1)  # now they move apart
     assert compare.judge_claim([flow, reflow], *CLAIMS["4a"])[2] == "open"
 
 
