@@ -201,7 +201,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # ᾱ_t comes first; α_t and β_t follow from it
-    alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1, no noise
+    alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1
     signal, noise = phi.cos().float(), phi.sin().float()
     return Schedule(1 - alphas, alphas, alpha_bars, signal.to(device), noise.to(device))
 
@@ -224,7 +224,7 @@ def diffusion_loss(model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tens
 
 
 def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
-    """(t, next t), evenly from T-1 down to -1, no noise. 100 of 1000: (999, 989) ... (9, -1)."""
+    """(t, next t), evenly from T-1 down to -1 (x_0). 100 of 1000: (999, 989) ... (9, -1)."""
     if not 1 <= steps <= timesteps:
         raise ValueError(f"DDIM takes 1 to {timesteps} steps, not {steps}")
     times = torch.linspace(timesteps - 1, -1, steps + 1, dtype=torch.float64).round().int()

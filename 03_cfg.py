@@ -1,36 +1,36 @@
 """Classifier-free guidance on MNIST: ask for a digit, and get a very clear one.
 
 A network that also sees the class c of an image learns to predict the v of 01 given c, so
-we can ask it for a 7. If c is hidden for some training images, the same network also
-predicts v without c. The difference of the two predictions is what c tells: here, what
-makes a 7 a 7. Guidance starts from the prediction without c and adds s times the
-difference. With s = 1 that is the prediction with c; a larger s goes past it. The digits
-become clearer, but sevens more alike: guidance trades variety for clarity. Both
-predictions come from one call on a doubled batch.
+we can ask it for a 7. In training, c is hidden now and then, so the same network also
+predicts v without c. Guidance starts from that prediction and adds s times the difference
+that c makes. By Bayes' rule, this difference moves the image to where a classifier would be
+surer of c, but no classifier is needed: hence the name. With s = 1 we get the prediction
+with c; a larger s goes past it. The digits become clearer, but sevens more alike: guidance
+trades variety for clarity.
 
-    loss = E ‖v - v_θ(x_t, t, c)‖², c = ∅ for a tenth of all images   Ho & Salimans 2022, Alg. 1
-    v̂    = v_θ(x_t, t, ∅) + s (v_θ(x_t, t, c) - v_θ(x_t, t, ∅))       Ho & Salimans, Eq. 6
-    s = 0 is unconditional, 1 conditional, above 1 guided; the paper's w is s - 1
+    loss = E ‖v - v_θ(x_t, t, c)‖², c = ∅ with probability 0.1   Ho & Salimans 2022, Alg. 1
+    v̂    = v_θ(x_t, t, ∅) + s (v_θ(x_t, t, c) - v_θ(x_t, t, ∅))  their Eq. 6, for ε̂
+    s = 0 is unconditional, 1 conditional, above 1 guided
     x_t, v (here √ᾱ_t ε - √(1-ᾱ_t) x_0), the schedule and DDIM are those of 01
 
-    paper           code                      shape
+    papers          code                      shape
     x_0, x_t, ε     x0, x_t, noise            (B, 1, 28, 28), x0 in [-1, 1]
-    t = 1 ... T     t = 0 ... T-1             (B,); t = -1 in the samplers is the clean image
+    t = 1 ... T     t = 0 ... T-1             (B,); -1 in the samplers is the clean image
     c, ∅            labels, NULL              (B,) in 0 ... 9, and -1
     v_θ(x_t, t, c)  model(x_t, t, labels)     (B, 1, 28, 28)
     v̂               guided(...)(x_t, t)       (B, 1, 28, 28)
     s = 1 + w       scale, --guidance
+    p_uncond        --label-dropout           Ho & Salimans; their z_λ is x_t
 
 The paper guides ε̂ = √(1-ᾱ_t) x_t + √ᾱ_t v̂. That is the same: the weights of the two
 predictions, s and 1 - s, add up to 1, so the term with x_t stays as it is.
 
-The class enters in two ways, to show both: as input channels, and by the
-cross-attention that reads text in large models. Adding it to the time embedding would
-be simpler.
+To show both, the class enters in two ways: as input channels, and by cross-attention, as
+text does in large models. Adding it to the time embedding would be simpler.
 
     python 03_cfg.py                                  40 epochs, for a GPU
     python 03_cfg.py --epochs 3 --batch-size 64       for a CPU
-    python 03_cfg.py --digits 3141592653              draw these, with saved weights
+    python 03_cfg.py --digits 3141592653              draw these; no training
 
 Measured: after 14 epochs, 1,000 samples by DDIM-100 with s = 1.5 have a Fréchet distance
 (05_compare.py; lower is better) of 0.166 to the test digits; that of training digits is
@@ -39,7 +39,6 @@ Measured: after 14 epochs, 1,000 samples by DDIM-100 with s = 1.5 have a Fréche
 
 import argparse
 import math
-import re
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -60,7 +59,7 @@ def parse_args(argv: list[str] | None = None):
     add("--timesteps", type=number(int, 2), default=1000, help="T, from image to noise")
     add("--ddim-steps", type=count, default=100, help="steps of DDIM and DDPM")
     add("--tokens", type=count, default=4, help="learned tokens per class, to attend to")
-    add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share of labels to hide")
+    add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share to hide")
     scale = number(float, 0)
     add("--guidance", type=scale, default=3.0, help="scale s in the main figures")
     sweep = [0, 1, 1.5, 2, 3, 5, 8]
@@ -70,7 +69,7 @@ def parse_args(argv: list[str] | None = None):
             "width": 8, "timesteps": 20, "ddim_steps": 10, "guidance_sweep": [0, 1, 3],
             "eval_samples": 20}
     if parser.parse_args(argv).digits:
-        parser.set_defaults(sample_only=True)
+        parser.set_defaults(sample_only=True)  # common.parse() reads it
     args = common.parse(parser, argv, tiny)
     if args.ddim_steps > args.timesteps:
         parser.error(f"--ddim-steps: DDIM takes at most --timesteps {args.timesteps} steps")
@@ -82,7 +81,7 @@ def parse_args(argv: list[str] | None = None):
 
 def digits(text: str) -> str:
     """An argparse type: a string of the digits 0 to 9."""
-    if not re.fullmatch("[0-9]+", text):
+    if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r}: only the digits 0 to 9")
     return text
 
@@ -91,7 +90,7 @@ NULL = -1  # ∅, the label of an image whose label is hidden
 
 
 class UNet(nn.Module):
-    """vs 01: also takes labels (B,), as 32 more input channels and by cross-attention."""
+    """That of 01, and labels (B,): as 32 more input channels, and by cross-attention."""
 
     def __init__(self, width: int, t_max: float, tokens: int, classes: int = 10):
         super().__init__()
@@ -110,7 +109,7 @@ class UNet(nn.Module):
         self.mid1 = ResBlock(c3, c3, c_time)
         self.mid_attention = Attention(c3)
         self.mid2 = ResBlock(c3, c3, c_time)
-        # Several tokens a class: with one alone, the softmax is 1, and all pixels get the same.
+        # Several tokens a class: with one, the softmax is 1, and all pixels get the same.
         self.label_tokens = nn.Embedding(classes + 1, tokens * 32)
         self.cross_attention = Attention(c3, 32)
         self.mid_to_up0 = nn.Conv2d(c3, c2, 3, padding=1)
@@ -124,7 +123,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))
-        labels = labels % self.label_tokens.num_embeddings  # so that -1 is the last
+        labels = labels % self.label_tokens.num_embeddings  # -1 becomes the last
         channels = self.label_channels(labels)[:, :, None, None]  # (B, 32, 1, 1)
         channels = channels.expand(-1, -1, *x.shape[2:])
         tokens = self.label_tokens(labels).unflatten(1, (-1, 32))  # (B, tokens, 32)
@@ -165,7 +164,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # ᾱ_t comes first; α_t and β_t follow from it
-    alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1, no noise
+    alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1
     signal, noise = phi.cos().float(), phi.sin().float()
     return Schedule(1 - alphas, alphas, alpha_bars, signal.to(device), noise.to(device))
 
@@ -178,7 +177,7 @@ def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor
 
 
 def hide_labels(labels: Tensor, share: float) -> Tensor:
-    """vs 01: each of the labels (B,) becomes ∅ with probability `share` (Ho & Salimans, Alg. 1)."""
+    """Each of the labels (B,) becomes ∅ with probability `share` (p_uncond in Algorithm 1)."""
     hidden = torch.rand(labels.shape, device=labels.device) < share
     return labels.masked_fill(hidden, NULL)
 
@@ -196,7 +195,7 @@ def diffusion_loss(
 
 
 def guided(model, labels: Tensor, scale: float, classes: int = 10):
-    """The function (x, t) -> v̂ for labels (B,): Ho & Salimans 2022, Eq. 6, with s = 1 + w.
+    """The function (x, t) -> v̂ for labels (B,), which the samplers take as `model`: Eq. 6.
 
     Scales 0 and 1 take a plain call, all others a call on a doubled batch. Labels that are
     not in 0 ... classes - 1 raise a ValueError.
@@ -217,7 +216,7 @@ def guided(model, labels: Tensor, scale: float, classes: int = 10):
 
 
 def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
-    """(t, next t), evenly from T-1 down to -1, no noise. 100 of 1000: (999, 989) ... (9, -1)."""
+    """(t, next t), evenly from T-1 down to -1 (x_0). 100 of 1000: (999, 989) ... (9, -1)."""
     if not 1 <= steps <= timesteps:
         raise ValueError(f"DDIM takes 1 to {timesteps} steps, not {steps}")
     times = torch.linspace(timesteps - 1, -1, steps + 1, dtype=torch.float64).round().int()
@@ -250,17 +249,17 @@ def ddim_sample(
 
 
 def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None, steps=None) -> Tensor:
-    """vs 01: DDPM is DDIM with η = 1 (a test compares them), so it can take fewer steps."""
+    """DDPM as DDIM with η = 1: the same as in 01, but it can take fewer steps."""
     return ddim_sample(model, schedule, x_T, steps or len(schedule.betas), eta=1.0, rng=rng)
 
 
 def train(args) -> dict[str, nn.Module]:
     """Train the network; returns the moving average of its weights."""
-    images, labels = common.load_images(args)
+    data = common.load_images(args)  # images, labels
     schedule = make_schedule(args.timesteps, args.device)
     torch.manual_seed(args.seed)
     model = make_models(args)["diffusion"]
-    stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, images, labels)
+    stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, *data)
     for x0, labels in stage:
         t = torch.randint(args.timesteps, (len(x0),), device=x0.device)
         noise = torch.randn_like(x0)
@@ -281,36 +280,35 @@ def make_figures(args, diffusion: nn.Module) -> None:
 
     def sample(x_T: Tensor, rng=None, s=args.guidance, sampler=ddim_sample, **more):
         labels = torch.arange(len(x_T), device=x_T.device) % classes  # 0 ... 9, 0 ...
-        model = guided(net, labels, s, classes)
-        return sampler(model, schedule, x_T, steps=args.ddim_steps, rng=rng, **more)
+        v_hat = guided(net, labels, s, classes)
+        return sampler(v_hat, schedule, x_T, steps=args.ddim_steps, rng=rng, **more)
 
     draw_path(args, partial(sample, noise))
     samplers, n = [], args.ddim_steps
-    for s in sorted({args.guidance, *args.guidance_sweep}):
-        made = {"name": f"DDIM, {n} steps, s = {s:g}", "sampler": "DDIM", "guidance": s}
-        samplers.append((made, partial(sample, s=s)))
-    s = args.guidance
-    made = {"name": f"DDPM, {n} steps, s = {s:g}", "sampler": "DDPM", "guidance": s}
-    samplers.append((made, partial(sample, sampler=ddpm_sample)))
-    for made, _ in samplers:
-        calls = n if made["guidance"] in (0, 1) else 2 * n  # a doubled batch counts as two
-        made |= {"method": "guided diffusion", "steps": n, "network_calls": calls}
-        if made["guidance"]:
+    runs = [("DDIM", ddim_sample, s) for s in sorted({args.guidance, *args.guidance_sweep})]
+    for kind, sampler, s in [*runs, ("DDPM", ddpm_sample, args.guidance)]:
+        calls = n if s in (0, 1) else 2 * n  # a doubled batch counts as two
+        made = {"name": f"{kind}, {n} steps, s = {s:g}", "method": "guided diffusion",
+                "sampler": kind, "guidance": s, "steps": n, "network_calls": calls}
+        if s:
             made["classes"] = classes  # sample() asks for them in turn
+        samplers.append((made, partial(sample, s=s, sampler=sampler)))
     overview = "Columns share their noise and, with s > 0, their class"
     names = [args.classes[i % classes] for i in range(10)]
     common.measure(args, samplers, noise, overview, below=names)
 
 
 def draw_digits(args, net, schedule: Schedule) -> None:
-    """--digits: the classes that were asked for, in one picture, twenty in a row."""
+    """--digits: the classes that were asked for, in one picture, twenty to a row."""
     labels = torch.tensor([int(digit) for digit in args.digits], device=args.device)
     rng = torch.Generator().manual_seed(args.seed)
     x_T = torch.randn(len(labels), 1, 28, 28, generator=rng)
-    model = guided(net, labels, args.guidance, len(args.classes))
-    images = ddim_sample(model, schedule, x_T.to(args.device), args.ddim_steps)
-    path = args.out_dir / f"digits_{args.digits[:20]}.png"
-    names = " ".join(args.classes[label] for label in labels[:20]) + " ..." * (len(labels) > 20)
+    v_hat = guided(net, labels, args.guidance, len(args.classes))
+    images = ddim_sample(v_hat, schedule, x_T.to(args.device), args.ddim_steps)
+    shown = args.digits[:20]
+    path = args.out_dir / f"digits_{shown}.png"
+    names = " ".join(args.classes[int(digit)] for digit in shown)
+    names += " ..." if len(labels) > 20 else ""
     common.save_grid(images, path, f"Guided, s = {args.guidance:g}: {names}", 20)
     print(path)
 
