@@ -32,9 +32,10 @@ text does in large models. Adding it to the time embedding would be simpler.
     python 03_cfg.py --epochs 3 --batch-size 64       for a CPU
     python 03_cfg.py --digits 3141592653              draw these; no training
 
-Measured: after 14 epochs, 1,000 samples by DDIM-100 with s = 1.5 have a Fréchet distance
-(05_compare.py; lower is better) of 0.166 to the test digits; that of training digits is
-0.155. The classifier of 05_compare.py reads 99.8% of the samples as the digit asked for.
+Measured after 34 epochs (the shipped weights), 1,000 samples by DDIM-100 each: with s = 1,
+1.25, 3 the classifier of 05_compare.py reads 97.1%, 99.2%, 100% of the digits as asked for.
+Their Fréchet distances to the test digits (lower is better) are 0.142, 0.134, 0.508; training
+digits have 0.155, with ±0.03 from set to set. So s = 3, the default, is clearer, but less varied.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def parse_args(argv: list[str] | None = None):
     add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share to hide")
     scale = number(float, 0)
     add("--guidance", type=scale, default=3.0, help="scale s in the main figures")
-    sweep = [0, 1, 1.5, 2, 3, 5, 8]
+    sweep = [0, 1, 1.25, 1.5, 2, 3, 5]
     add("--guidance-sweep", type=scale, nargs="+", default=sweep, help="others to compare")
     add("--digits", type=digits, help="draw these classes and stop; no training")
     tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
