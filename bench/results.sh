@@ -52,7 +52,7 @@ cat "$out/05_compare_$samples/comparison.md" "$out/05_compare_$few/comparison.md
 for old in assets/0*; do # assets/01_path.gif is runs/results/01_ddpm_ddim/path.gif
     name=$(basename "$old")
     for new in "$out/${name%%_*}_"*/"${name#*_}"; do
-        if [ -e "$new" ] && [ ${#small[@]} = 0 ]; then
+        if [ -e "$new" ] && [ "${1-}" != --dry-run ]; then
             cp "$new" "$old"
             break # the plots of 1,000 are those of the second table
         fi
