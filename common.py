@@ -447,7 +447,7 @@ def save_gif(frames: list[Tensor], path: Path, columns: int) -> None:
 def save_plot(path: Path, lines: dict, style: str = ".-", **labels) -> None:
     """`lines` maps a name to points (x, y); `labels` are title, xlabel, ylabel, yscale."""
     axes = figure.Figure(figsize=(6, 4)).subplots()
-    axes.set_prop_cycle(color=colormaps["tab20"].colors)
+    axes.set_prop_cycle(color=[*colormaps["tab20"].colors, "black"])
     for name, points in lines.items():
         axes.plot(*zip(*points), style, label=name)
     axes.set(**labels)
