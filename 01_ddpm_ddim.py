@@ -1,17 +1,16 @@
 """DDPM and DDIM on MNIST: one network splits image and noise, and two samplers use it.
 
-Diffusion destroys an image x_0 in T small steps, x_1 to x_T: each makes it a little
-fainter and adds a little Gaussian noise. Gaussian steps add up to one Gaussian step, so
-we can draw any x_t from x_0 directly. We do so, with a random t for each image, and train
-a network, a U-Net, to split x_t into image and noise. A squared error is least at the
-mean, so its image x̂_0 is about the mean of all digits that x_t could come from: a blur if
-x_t is mostly noise. To sample, we start from pure noise, step a little towards x̂_0, and
-call the network again. Its image gets sharper from step to step.
+Diffusion destroys an image x_0 in T small steps, x_1 to x_T: each makes it a little fainter
+and adds a little Gaussian noise. T such steps make one Gaussian step, so we can draw any x_t
+from x_0 directly. We do so, with a random t for each image, and train a network, a U-Net, to split
+x_t into image and noise. A squared error is least at the mean, so its image x̂_0 is about the
+mean of all digits that x_t could come from: a blur if x_t is mostly noise. To sample, we start
+from pure noise, step a little towards x̂_0, and call the network again, for a sharper image.
 
 DDPM goes back through all T steps. If we knew x_0, Bayes' rule would give x_{t-1} from x_t
-as a Gaussian; DDPM draws from that, with x̂_0 in place of x_0. DDIM draws nothing: it mixes
-x̂_0 with ε̂, the noise that the network sees in x_t, as at an earlier time r, where there
-is less noise. Any r < t will do, so DDIM can take large steps.
+as a Gaussian; DDPM draws from that, with x̂_0 in place of x_0. DDIM is deterministic: it
+takes x̂_0 and ε̂, the image and the noise that the network sees in x_t, and adds them up
+again with the weights of an earlier time r. Any r < t will do, so DDIM can take large steps.
 
     q(x_t | x_{t-1}) = N(√α_t x_{t-1}, β_t I),  α_t = 1 - β_t     Ho et al. 2020, Eq. 2
     q(x_t | x_0)     = N(√ᾱ_t x_0, (1-ᾱ_t) I),  ᾱ_t = α_1 ⋯ α_t   Ho, Eq. 4, or:
@@ -27,32 +26,34 @@ is less noise. Any r < t will do, so DDIM can take large steps.
 
     paper           code                      shape
     x_0, x_t, ε     x0, x_t, noise            (B, 1, 28, 28), x0 in [-1, 1]
-    t = 1 ... T     t = 0 ... T-1             (B,), the paper's t - 1; -1 is the clean image
+    t = 1 ... T     t = 0 ... T-1             (B,), the paper's t minus 1; -1 is the clean image
     β_t, α_t, ᾱ_t   betas, alphas, alpha_bars (T,); Song writes α_t for ᾱ_t
     v̂ = v_θ(x_t, t) v_hat = model(x_t, t)     (B, 1, 28, 28)
     x̂_0, ε̂; r       x0_hat, eps_hat; t_next   (B, 1, 28, 28); -1 ... T-2
 
-Why v? Write √ᾱ_t = cos φ and √(1-ᾱ_t) = sin φ. For a fixed x_0 and ε, x_t then runs on
-an arc from the image (φ = 0) to the noise (φ = 90°), and v = dx_t / dφ is its velocity.
-It is what x_t hides: almost ε where x_t shows the image, almost -x_0 where it shows the
-noise. Both x̂_0 and ε̂ come from v without a division, and so with errors no larger
-than that of v. Ho et al. predict ε; then x̂_0 needs a division by √ᾱ_t. At t = T, where
-that is 0.01 here, errors grow 100 times. As ‖v - v̂‖² = ‖ε - ε̂‖² / ᾱ_t, our loss counts
-noisy x_t for more than theirs does.
+Why v? Write √ᾱ_t = cos φ and √(1-ᾱ_t) = sin φ. For a fixed x_0 and ε, x_t then runs on an arc
+from the image (φ = 0) to the noise (φ = 90°), and v = dx_t / dφ is its velocity. It is what
+x_t hides: almost ε where x_t shows the image, almost -x_0 where it shows the noise. Both x̂_0
+and ε̂ come from v without a division, so their errors are no larger than that of v. Ho et al.
+predict ε; then x̂_0 needs a division by √ᾱ_t, and at t = T, where that is 0.01 here, errors
+grow 100 times. As ‖v - v̂‖² = ‖ε - ε̂‖² / ᾱ_t, our loss counts noisy x_t for more than theirs.
+
+It learns by Muon (convolutions with 16 channels or more: rate 0.02, weight decay 0.1) and AdamW
+(all else: 0.002, 0.01); the rates fall to 0; an average of the weights samples. See fit().
 
     python 01_ddpm_ddim.py                              40 epochs, for a GPU
     python 01_ddpm_ddim.py --epochs 5 --batch-size 64   about an hour on one CPU core
     python 01_ddpm_ddim.py --sample-only                no training: the shipped weights
 
-Measured: 20 epochs take 69 seconds on an NVIDIA H200. Then 2,000 samples by DDIM with 50
-steps have a Fréchet distance of 0.275 to the test digits (05_compare.py; lower is better).
-After 20 more, on a core of an AMD EPYC, it is 0.209; that of 2,000 training digits is 0.107.
-
-Left out: the bound on the likelihood (Ho, section 3); learned variances (Nichol & Dhariwal
-2021); networks that predict ε or x_0.
+Measured: 20 epochs take 69 seconds on an NVIDIA H200. Then 2,000 samples by DDIM-50 have a
+Fréchet distance of 0.275 to the test digits (05_compare.py; lower is better). After 20 more, on
+a core of an AMD EPYC, it is 0.209 (the shipped weights); that of 2,000 training digits is 0.107.
+Left out: the likelihood (Ho, section 3); learned variances; networks that predict ε or x_0.
 """
 
+import copy
 import math
+import time
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -60,23 +61,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import common
-from common import Attention, ResBlock, number
+from common import COUNT, Attention, Between, ResBlock
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "DDPM and DDIM.", epochs=40, batch_size=128, lr=2e-3)
-    add, count = parser.add_argument, number(int, 1)
+    parser = common.make_parser(__file__, "DDPM and DDIM.", epochs=40, lr=2e-3)
+    add = parser.add_argument
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
-    add("--timesteps", type=number(int, 2), default=1000, help="T, from image to noise")
-    add("--ddim-steps", type=count, default=100, help="network calls of DDIM")
-    add("--ddim-sweep", type=count, nargs="+", default=[10, 20, 50, 250], help="others to compare")
-    tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
+    add("--timesteps", type=int, choices=Between(2), default=1000, help="T, from image to noise")
+    add("--ddim-steps", **COUNT, default=100, help="network calls of DDIM")
+    add("--ddim-sweep", **COUNT, nargs="+", default=[10, 20, 50, 250], help="others to compare")
+    tiny = {"dataset": "synthetic", "train_images": 128, "epochs": 8, "batch_size": 16,
             "width": 8, "timesteps": 20, "ddim_steps": 10, "ddim_sweep": [2, 5],
             "eval_samples": 20}
-    args = common.parse(parser, argv, tiny)
+    args = common.parse(parser, argv, tiny, sampling=["ddim_steps", "ddim_sweep"])
     if max(args.ddim_steps, *args.ddim_sweep) > args.timesteps:
         parser.error(f"--ddim-steps, --ddim-sweep: at most --timesteps {args.timesteps}")
     return args
@@ -84,14 +86,12 @@ def parse_args(argv: list[str] | None = None):
 
 class UNet(nn.Module):
     """x_t (B, 1, H, W), H and W multiples of 4, t (B,) from 0 to t_max -> v (B, 1, H, W)."""
-
     def __init__(self, width: int, t_max: float):
         super().__init__()
         c1, c2, c3, c_time = width, 2 * width, 4 * width, 4 * width
         self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
-        self.time = nn.Sequential(
-            nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time), nn.SiLU()
-        )
+        self.time = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
+                                  nn.Linear(c_time, c_time), nn.SiLU())
         self.conv_in = nn.Conv2d(1, c1, 3, padding=1)
         self.down0 = ResBlock(c1, c1, c_time)
         self.down0_to_1 = nn.Conv2d(c1, c1, 3, stride=2, padding=1)
@@ -123,28 +123,24 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 1, H, W)
 
 
-def make_models(args) -> dict[str, nn.Module]:
-    model = UNet(args.width, args.timesteps)
-    return {"diffusion": model.to(args.device, memory_format=torch.channels_last)}
+def make_models(width: int, timesteps: int, device: str = "cpu") -> dict[str, nn.Module]:
+    model = UNet(width, timesteps).to(device, memory_format=torch.channels_last)
+    return {"diffusion": model}
 
 
 class Schedule(NamedTuple):
     """How much noise there is at each t, (T,) each."""
-
     betas: Tensor  # β_t, float64 on the CPU: the samplers read single numbers
     alphas: Tensor  # α_t = 1 - β_t
-    alpha_bars: Tensor  # ᾱ_t = α_0 ⋯ α_t
+    alpha_bars: Tensor  # ᾱ_t, the product of all α up to t
     signal_scale: Tensor  # √ᾱ_t, float32 on the device, for training
     noise_scale: Tensor  # √(1-ᾱ_t)
 
 
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
-    """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
-
-    Nichol & Dhariwal 2021, Eq. 17, but φ_t runs from 0.01 to π/2 - 0.01, for any T. So at
-    t = 0 a little noise is left, for the samplers divide by 1-ᾱ_t; and at t = T-1 a hundredth
-    of the image, too little to see, so that sampling may start from pure noise.
-    """
+    """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced (Nichol &
+    Dhariwal 2021, Eq. 17), from 0.01 to π/2 - 0.01 for any T. So at t = 0 a little noise is left,
+    as the samplers divide by 1-ᾱ_t, and at t = T-1 too little of the image to be seen, 0.01."""
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # ᾱ_t comes first; α_t and β_t follow from it
     alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1
@@ -161,11 +157,11 @@ def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor
 
 def diffusion_loss(model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Ho et al. 2020, Algorithm 1, but for v: the mean squared error of the prediction.
-
-    x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1.
-    """
+    x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1."""
     x_t = q_sample(schedule, x0, t, noise)
-    v = q_sample(schedule, noise, t, -x0)  # √ᾱ_t ε + √(1-ᾱ_t) (-x_0)
+    signal_scale = schedule.signal_scale[t].view(-1, 1, 1, 1)
+    noise_scale = schedule.noise_scale[t].view(-1, 1, 1, 1)
+    v = signal_scale * noise - noise_scale * x0
     return F.mse_loss(model(x_t, t), v)
 
 
@@ -180,7 +176,7 @@ def posterior(schedule: Schedule, t: int, x_t: Tensor, x0: Tensor) -> tuple[Tens
 
 @torch.no_grad()
 def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None) -> Tensor:
-    """Ho et al. 2020, Algorithm 2 with σ_t² = β̃_t: T random steps from noise x_T (B, ...).
+    """Ho et al. 2020, Algorithm 2 with σ_t² = β̃_t: T steps from noise x_T (B, ...).
 
     Each draws x_{t-1} from q(x_{t-1} | x_t, x_0), with x̂_0 for x_0.
     """
@@ -207,7 +203,7 @@ def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
 def ddim_sample(
     model, schedule: Schedule, x_T: Tensor, steps: int, eta=0.0, rng=None, trace=None
 ) -> Tensor:
-    """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to an image.
+    """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to x_0.
 
     eta = 0 draws no noise. eta up to 1 replaces a part of ε̂ by fresh noise (Eq. 16); eta = 1
     is DDPM if steps = T. `trace(t, x_t, x0_hat)`, if given, sees every step.
@@ -228,37 +224,87 @@ def ddim_sample(
     return x
 
 
+def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
+    """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
+    data, test: lists of tensors, a row an image; draw(network) -> ten images to look at."""
+    ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
+    large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
+    small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
+    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # which CUDA graphs read anew
+    muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
+    adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
+    learned = [ema, model, muon, adamw]
+    done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
+    batches = len(data[0]) // args.batch_size  # in an epoch, without a smaller last one
+    total = epochs * batches
+    average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
+    averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
+                         for net in (ema, model))
+
+    def step(*batch: Tensor) -> Tensor:
+        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
+        value = loss(model, *batch)
+        model.zero_grad()
+        value.backward()
+        muon.step()
+        adamw.step()
+        average(averages, weights, None)
+        return value.detach()
+
+    step = common.recorded(step, args, one_shape=True)
+    with tqdm(total=total, initial=done * batches, desc=name, mininterval=1) as bar:
+        for epoch in range(done, epochs):
+            torch.manual_seed(epoch + 1000 * args.seed)  # so a resumed run is the same
+            order = torch.randperm(len(data[0]), device=args.device).split(args.batch_size)
+            losses, start = [], time.perf_counter()
+            for chosen in order[:batches]:
+                i = epoch * batches + len(losses)
+                rate = lr * min((i + 1) / min(200, total / 10), 1) * (1 - i / total)
+                muon_lr.fill_(10 * rate)  # up for 200 steps, then down to 0
+                adamw_lr.fill_(rate)
+                losses.append(step(*[part[chosen] for part in data]))
+                if bar.update():  # true once a second, for reading a loss makes a GPU wait
+                    bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
+            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
+            common.keep_epoch(args, state, name, learned, draw and draw(ema), lr=rate,
+                              test_loss=common.test_loss(loss, ema, test), loss=mean,
+                              seconds=seconds, images=len(losses) * args.batch_size)
+    return ema
+
+
 def train(args) -> dict[str, nn.Module]:
-    """Trains the network; returns a moving average of its weights, which draws better."""
-    images, _ = common.load_images(args)
+    """Trains the network; returns the moving average of its weights, which draws better."""
+    data, test, classes = common.load_images(args)  # images and labels
+    network = {"width": args.width, "timesteps": args.timesteps}
+    state = common.open_run(args, network=network, classes=classes)
     schedule = make_schedule(args.timesteps, args.device)
     torch.manual_seed(args.seed)
-    model = make_models(args)["diffusion"]
-    stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, images)
-    for (x0,) in stage:  # stage also steps the optimizer, averages weights, and saves
+    model = make_models(**network, device=args.device)["diffusion"]
+    noise, quick = common.noise(args, 16, 1, 28, 28)[:10], min(20, args.timesteps)
+
+    def loss(model, x0: Tensor, labels: Tensor) -> Tensor:  # labels are for 03
         t = torch.randint(args.timesteps, (len(x0),), device=x0.device)
-        stage.step(diffusion_loss(stage.model, schedule, x0, t, torch.randn_like(x0)))
-    return {"diffusion": stage.ema}
+        return diffusion_loss(model, schedule, x0, t, torch.randn_like(x0))
+
+    ema = fit(args, state, "diffusion", model, loss, data, test, args.epochs, args.lr,
+              draw=lambda model: ddim_sample(model, schedule, noise, quick))
+    return {"diffusion": ema}
 
 
 def make_figures(args, diffusion: nn.Module) -> None:
     """16 images from the same noise by every sampler: pictures, timings, sets for 05."""
-    net = common.as_function(diffusion, args)
-    schedule = make_schedule(args.timesteps)
-    rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
-    noise = torch.randn(16, 1, 28, 28, generator=rng).to(args.device)
+    net = common.recorded(diffusion, args)
+    schedule, noise = make_schedule(args.timesteps), common.noise(args, 16, 1, 28, 28)
     draw_path(args, partial(ddim_sample, net, schedule, noise, args.ddim_steps))
 
     samplers = []
-    for n in sorted({args.ddim_steps, *args.ddim_sweep}):
-        name = f"DDIM, {n} steps"
-        made = {"name": name, "method": "diffusion", "sampler": "DDIM", "steps": n}
-        samplers.append((made, lambda x, rng, n=n: ddim_sample(net, schedule, x, n)))
-    n = args.timesteps
-    name = f"DDPM, {n} steps"
-    made = {"name": name, "method": "diffusion", "sampler": "DDPM", "steps": n}
-    samplers.append((made, lambda x, rng: ddpm_sample(net, schedule, x, rng)))
-    common.measure(args, samplers, noise, "One network; columns share their noise")
+    runs = [("DDIM", n, partial(ddim_sample, steps=n)) for n in
+            sorted({args.ddim_steps, *args.ddim_sweep})]
+    for sampler, n, sample in [*runs, ("DDPM", args.timesteps, ddpm_sample)]:
+        made = {"name": f"{sampler}, {n} steps", "method": "diffusion", "sampler": sampler,
+                "steps": n, "network_calls": n}
+        samplers.append((made, lambda x, rng, sample=sample: sample(net, schedule, x, rng=rng)))
+    common.draw_and_time(args, samplers, noise, "One network; columns share their noise")
 
 
 def draw_path(args, sample) -> None:
@@ -281,14 +327,10 @@ def draw_path(args, sample) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with common.stopped(args):
-        if args.sample_only:
-            models = common.load_networks(args.state, make_models(args))
-        else:
-            models = train(args)
-        make_figures(args, **models)
+    networks = common.trained(args, make_models) if args.sample_only else train(args)
+    make_figures(args, **networks)
     print(f"the results are in {args.out_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -2,36 +2,38 @@
 
 Most pixels say little, yet diffusion in pixels works on all of them in every step. So a
 variational autoencoder (VAE) first learns to turn an image into 64 numbers, its latent, and
-back. Its encoder gives means µ and variances σ², and its decoder must rebuild the image
-from a random z ~ N(µ, σ²), so latents near µ decode to similar images. A second term of the
-loss, w times the KL divergence, pulls every N(µ, σ²) towards N(0, I). With w = 1 the
-decoder could turn z ~ N(0, I) into digits, but blurred ones. Our w = 0.05 keeps images
-sharp, but few such z are digits (samples.png, first row). So stage two trains the diffusion
-of 01 on latents: it turns noise into a latent, and the decoder turns that into an image.
+back. Its encoder gives means µ and variances σ², and its decoder must rebuild the image from
+a random z ~ N(µ, σ²), so latents near µ decode to similar images. A second term of the loss,
+w times the KL divergence, pulls every N(µ, σ²) towards N(0, I). With w = 1, z ~ N(0, I) could
+be decoded to digits, but blurred ones. Our w = 0.05 keeps images sharp, but then most z ~ N(0, I)
+decode to no digit (samples.png, first row). So stage two trains the diffusion of 01 on latents.
 
     q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         w = 1: minus their Eq. 10
     x_0      = (z - mean) / std for each of the 64 numbers  Rombach et al. 2022: one std for all
-    x_t, v, the loss and the samplers as in 01
+    x_t, v, the loss, the samplers and how it learns: as in 01
 
     paper           code                      shape
     x               x                         (B, 1, 28, 28) in [-1, 1]
     µ, log σ², z, e mu, logvar, z, e          (B, 64)
     x_0, x_t, ε, v  x0, x_t, noise, v         (B, 1, 8, 8), x_0 standardised, as large as ε
-    t = 1 ... T     t = 0 ... T-1             (B,); t = -1 in the samplers is the clean latent
+    t = 1 ... T     t = 0 ... T-1             (B,), the paper's t minus 1; -1 is the clean latent
 
-Why 1x8x8? Only to fit the U-Net of 01 (here 64, 128, 128 channels). The 64 numbers have no
-order, which convolutions expect, unlike Rombach's latents (see "other networks", RESULTS.md).
+Why 1x8x8? It fits the U-Net of 01. But convolutions expect neighbours that belong together:
+Rombach's latents have them, our 64 numbers have no such order. The VAE has BatchNorm, as in
+the report that we follow. A denoiser cannot: it would mix the noise levels of a batch.
 
     python 02_latent_diffusion.py                  both stages, for a GPU
     python 02_latent_diffusion.py --epochs 15      half an hour on two CPU cores
+    python 02_latent_diffusion.py --sample-only    no training: the shipped weights
 
-Measured: DDIM-100 draws 4.2 times as many digits a second as in pixels on an NVIDIA H200.
-After 56 epochs, the Fréchet distance of 5,000 to the test digits is 0.377 (05_compare.py;
-lower is better), in pixels 0.208 (01, after 40 epochs), of training digits 0.058.
+Measured: DDIM-100 draws 4.2 times as many digits a second as 01 on an NVIDIA H200. After 56
+epochs, Fréchet distance of 5,000 (05; lower is better): 0.377; 01: 0.208; training digits: 0.058.
 """
 
+import copy
 import math
+import time
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -39,26 +41,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import common
-from common import Attention, ResBlock, number
+from common import COUNT, RATE, Attention, Between, ResBlock
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "Latent diffusion.", epochs=40, batch_size=128, lr=2e-3)
-    add, count = parser.add_argument, number(int, 1)
-    add("--vae-epochs", type=count, default=20, help="passes over the images for the VAE")
-    add("--vae-lr", type=number(float, 1e-9), default=2e-3, help="peak rate of the VAE")
-    add("--kl-weight", type=number(float, 0), default=0.05, help="w, weight of the KL divergence")
+    parser = common.make_parser(__file__, "Latent diffusion.", epochs=40, lr=2e-3)
+    add = parser.add_argument
+    add("--vae-epochs", **COUNT, default=20, help="passes over the images for the VAE")
+    add("--vae-lr", **RATE, default=2e-3, help="peak rate of the VAE")
+    add("--kl-weight", type=float, choices=Between(0), default=0.05, help="w, of the divergence")
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
-    add("--timesteps", type=number(int, 2), default=1000, help="T, from latent to noise")
-    add("--ddim-steps", type=count, default=100, help="network calls of DDIM")
-    tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
+    add("--timesteps", type=int, choices=Between(2), default=1000, help="T, from latent to noise")
+    add("--ddim-steps", **COUNT, default=100, help="network calls of DDIM")
+    tiny = {"dataset": "synthetic", "train_images": 128, "epochs": 8, "batch_size": 16,
             "width": 8, "timesteps": 20, "ddim_steps": 10, "vae_epochs": 4, "eval_samples": 20}
-    args = common.parse(parser, argv, tiny)
+    args = common.parse(parser, argv, tiny, sampling=["ddim_steps"])
     if args.ddim_steps > args.timesteps:
-        parser.error(f"--ddim-steps: DDIM takes at most --timesteps {args.timesteps} steps")
+        parser.error(f"--ddim-steps: at most --timesteps {args.timesteps}")
     return args
 
 
@@ -68,24 +71,19 @@ def conv_block(conv: nn.Module) -> nn.Module:
 
 class VAE(nn.Module):
     """Images (B, 1, 28, 28) in [-1, 1] -> latents (B, 64) -> images. Kingma & Welling 2014.
-
-    `mean` and `std` (64,) are those of z over all training images, set after the training.
-    """
-
+    `mean` and `std` (64,), of z over all training images, are set after the training."""
     def __init__(self):
         super().__init__()
         self.encoder = nn.Sequential(  # channels in and out, kernel, stride, padding
             conv_block(nn.Conv2d(1, 16, 3, 2, 1)),  # (B, 16, 14, 14)
             conv_block(nn.Conv2d(16, 32, 3, 2, 1)),  # (B, 32, 7, 7)
-            conv_block(nn.Conv2d(32, 64, 7)),  # (B, 64, 1, 1)
-        )
+            conv_block(nn.Conv2d(32, 64, 7)))  # (B, 64, 1, 1)
         self.fc_mu, self.fc_logvar = nn.Linear(64, 64), nn.Linear(64, 64)
         self.fc_decode = nn.Linear(64, 64)
         self.decoder = nn.Sequential(  # ..., padding, output padding
             conv_block(nn.ConvTranspose2d(64, 32, 7)),  # (B, 32, 7, 7)
             conv_block(nn.ConvTranspose2d(32, 16, 3, 2, 1, 1)),  # (B, 16, 14, 14)
-            nn.ConvTranspose2d(16, 1, 3, 2, 1, 1),  # (B, 1, 28, 28)
-        )
+            nn.ConvTranspose2d(16, 1, 3, 2, 1, 1))  # (B, 1, 28, 28)
         self.register_buffer("mean", torch.zeros(64))
         self.register_buffer("std", torch.ones(64))
 
@@ -122,14 +120,12 @@ def encode_all(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 class UNet(nn.Module):
     """x_t (B, 1, H, W), H and W multiples of 4, t (B,) from 0 to t_max -> v (B, 1, H, W)."""
-
     def __init__(self, width: int, t_max: float):
         super().__init__()
         c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width
         self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
-        self.time = nn.Sequential(
-            nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time), nn.SiLU()
-        )
+        self.time = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
+                                  nn.Linear(c_time, c_time), nn.SiLU())
         self.conv_in = nn.Conv2d(1, c1, 3, padding=1)
         self.down0 = ResBlock(c1, c1, c_time)
         self.down0_to_1 = nn.Conv2d(c1, c1, 3, stride=2, padding=1)
@@ -161,9 +157,9 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 1, H, W)
 
 
-def make_models(args) -> dict[str, nn.Module]:
-    unet = UNet(args.width, args.timesteps).to(args.device, memory_format=torch.channels_last)
-    return {"diffusion": unet, "vae": VAE().to(args.device)}
+def make_models(width: int, timesteps: int, device: str = "cpu") -> dict[str, nn.Module]:
+    model = UNet(width, timesteps).to(device, memory_format=torch.channels_last)
+    return {"diffusion": model, "vae": VAE().to(device)}
 
 
 def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -173,9 +169,7 @@ def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
 
 def vae_loss(vae: VAE, x: Tensor, kl_weight: float) -> Tensor:
     """Minus Kingma & Welling 2014, Eq. 10, but with a weight w; in nats per image, by one z.
-
-    -log p: cross-entropy of the decoder's probabilities of white and (x+1)/2 (appendix C.1).
-    """
+    -log p: cross-entropy of the decoder's probabilities of white and (x+1)/2 (appendix C.1)."""
     mu, logvar = vae.encode(x)
     logits = vae.logits(vae.sample_z(mu, logvar))
     nll = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2, reduction="none")
@@ -184,21 +178,17 @@ def vae_loss(vae: VAE, x: Tensor, kl_weight: float) -> Tensor:
 
 class Schedule(NamedTuple):
     """How much noise there is at each t, (T,) each."""
-
     betas: Tensor  # β_t, float64 on the CPU: the samplers read single numbers
     alphas: Tensor  # α_t = 1 - β_t
-    alpha_bars: Tensor  # ᾱ_t = α_0 ⋯ α_t
+    alpha_bars: Tensor  # ᾱ_t, the product of all α up to t
     signal_scale: Tensor  # √ᾱ_t, float32 on the device, for training
     noise_scale: Tensor  # √(1-ᾱ_t)
 
 
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
-    """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
-
-    Nichol & Dhariwal 2021, Eq. 17, but φ_t runs from 0.01 to π/2 - 0.01, for any T. So at
-    t = 0 a little noise is left, for the samplers divide by 1-ᾱ_t; and at t = T-1 a hundredth
-    of the image, too little to see, so that sampling may start from pure noise.
-    """
+    """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced (Nichol &
+    Dhariwal 2021, Eq. 17), from 0.01 to π/2 - 0.01 for any T. So at t = 0 a little noise is left,
+    as the samplers divide by 1-ᾱ_t, and at t = T-1 too little of the image to be seen, 0.01."""
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # ᾱ_t comes first; α_t and β_t follow from it
     alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1
@@ -215,11 +205,11 @@ def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor
 
 def diffusion_loss(model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Ho et al. 2020, Algorithm 1, but for v: the mean squared error of the prediction.
-
-    x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1.
-    """
+    x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1."""
     x_t = q_sample(schedule, x0, t, noise)
-    v = q_sample(schedule, noise, t, -x0)  # √ᾱ_t ε + √(1-ᾱ_t) (-x_0)
+    signal_scale = schedule.signal_scale[t].view(-1, 1, 1, 1)
+    noise_scale = schedule.noise_scale[t].view(-1, 1, 1, 1)
+    v = signal_scale * noise - noise_scale * x0
     return F.mse_loss(model(x_t, t), v)
 
 
@@ -235,7 +225,7 @@ def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
 def ddim_sample(
     model, schedule: Schedule, x_T: Tensor, steps: int, eta=0.0, rng=None, trace=None
 ) -> Tensor:
-    """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to a latent.
+    """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to x_0.
 
     eta = 0 draws no noise. eta up to 1 replaces a part of ε̂ by fresh noise (Eq. 16); eta = 1
     is DDPM if steps = T. `trace(t, x_t, x0_hat)`, if given, sees every step.
@@ -261,48 +251,91 @@ def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None) -> Tensor:
     return ddim_sample(model, schedule, x_T, len(schedule.betas), eta=1.0, rng=rng)
 
 
+def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
+    """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
+    data, test: lists of tensors, a row an image; draw(network) -> ten images to look at."""
+    ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
+    large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
+    small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
+    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # which CUDA graphs read anew
+    muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
+    adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
+    learned = [ema, model, muon, adamw]
+    done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
+    batches = len(data[0]) // args.batch_size  # in an epoch, without a smaller last one
+    total = epochs * batches
+    average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
+    averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
+                         for net in (ema, model))
+
+    def step(*batch: Tensor) -> Tensor:
+        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
+        value = loss(model, *batch)
+        model.zero_grad()
+        value.backward()
+        muon.step()
+        adamw.step()
+        average(averages, weights, None)
+        return value.detach()
+
+    step = common.recorded(step, args, one_shape=True)
+    with tqdm(total=total, initial=done * batches, desc=name, mininterval=1) as bar:
+        for epoch in range(done, epochs):
+            torch.manual_seed(epoch + 1000 * args.seed)  # so a resumed run is the same
+            order = torch.randperm(len(data[0]), device=args.device).split(args.batch_size)
+            losses, start = [], time.perf_counter()
+            for chosen in order[:batches]:
+                i = epoch * batches + len(losses)
+                rate = lr * min((i + 1) / min(200, total / 10), 1) * (1 - i / total)
+                muon_lr.fill_(10 * rate)  # up for 200 steps, then down to 0
+                adamw_lr.fill_(rate)
+                losses.append(step(*[part[chosen] for part in data]))
+                if bar.update():  # true once a second, for reading a loss makes a GPU wait
+                    bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
+            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
+            common.keep_epoch(args, state, name, learned, draw and draw(ema), lr=rate,
+                              test_loss=common.test_loss(loss, ema, test), loss=mean,
+                              seconds=seconds, images=len(losses) * args.batch_size)
+    return ema
+
+
 def train(args) -> dict[str, nn.Module]:
     """Trains the VAE, then the U-Net on its latents; returns the moving average of each."""
-    images, _ = common.load_images(args)
+    data, test, classes = common.load_images(args)  # images and labels
+    network = {"width": args.width, "timesteps": args.timesteps}
+    state = common.open_run(args, network=network, classes=classes)
     schedule = make_schedule(args.timesteps, args.device)
     torch.manual_seed(args.seed)
-    models = make_models(args)
-    stage = common.Stage(args, "vae", models["vae"], args.vae_epochs, args.vae_lr, images)
-    if stage.done < args.vae_epochs:  # the VAE will change: drop a U-Net of its old latents
-        args.state["networks"].pop("diffusion", None)
-    for (x,) in stage:
-        stage.step(vae_loss(stage.model, x, args.kl_weight))
-    vae = stage.ema  # in eval mode, and fixed from here on
-    all_mu, all_logvar = encode_all(vae, images)
-    vae.mean.copy_(all_mu.mean(0))
-    vae.std.copy_((all_mu.var(0) + all_logvar.exp().mean(0)).sqrt())  # Var z = Var µ + E σ²
-    args.state["networks"]["vae"] = vae.state_dict()  # so checkpoints hold mean and std
-    draw_vae(args, vae)
-    model = models["diffusion"]
-    stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, all_mu, all_logvar)
-    for mu, logvar in stage:
+    models = make_models(**network, device=args.device)
+    noise, quick = common.noise(args, 16, 1, 8, 8)[:10], min(20, args.timesteps)
+    vae = fit(args, state, "vae", models["vae"],
+              lambda model, x, labels: vae_loss(model, x, args.kl_weight), data, test,
+              args.vae_epochs, args.vae_lr, draw=lambda model: model.decode(noise.flatten(1)))
+    data, test_data = (encode_all(vae, images) for images, _ in (data, test))  # µ and log σ²
+    vae.mean.copy_(data[0].mean(0))
+    vae.std.copy_((data[0].var(0) + data[1].exp().mean(0)).sqrt())  # Var z = Var µ + E σ²
+    state["stages"]["vae"]["learned"][0] = vae.state_dict()  # so checkpoints hold these, too
+    draw_vae(args, vae, *test, classes)
+
+    def loss(model, mu: Tensor, logvar: Tensor) -> Tensor:
         x0 = vae.to_latent(mu, logvar)  # vs 01: x_0 is a latent, drawn anew each time
         t = torch.randint(args.timesteps, (len(x0),), device=x0.device)
-        stage.step(diffusion_loss(stage.model, schedule, x0, t, torch.randn_like(x0)))
-    return {"diffusion": stage.ema, "vae": vae}
+        return diffusion_loss(model, schedule, x0, t, torch.randn_like(x0))
+
+    ema = fit(args, state, "diffusion", models["diffusion"], loss, data, test_data, args.epochs,
+              args.lr, draw=lambda model: vae.to_images(ddim_sample(model, schedule, noise, quick)))
+    return {"diffusion": ema, "vae": vae}
 
 
 @torch.no_grad()
-def draw_vae(args, vae: VAE) -> None:
-    """Test images through the VAE: reconstructions, walks between means µ, and a map of them."""
-    x, labels = common.load_images(args, train=False)
-    mu, logvar = encode_all(vae, x)
-    x_hat = torch.cat([vae.decode(part) for part in mu.split(1000)])
-    error, kl = ((x_hat - x) / 2).square().mean(), kl_divergence(mu, logvar).mean()
-    print(f"VAE, test images: squared error {error:.4f} of pixels in [0, 1], KL {kl:.1f} nats")
-    weights = torch.linspace(0, 1, 10, device=x.device)[:, None]
-    walks = [torch.lerp(mu[i], mu[i + 1], weights) for i in range(0, 8, 2)]
-    images = torch.cat([x[:10], x_hat[:10], vae.decode(torch.cat(walks))])
-    rows = ["test images", "reconstructions", *[f"image {i} to {i + 1}" for i in (1, 3, 5, 7)]]
-    common.save_grid(images, args.out_dir / "samples_vae.png", "Through the VAE", 10, rows)
+def draw_vae(args, vae: VAE, x: Tensor, labels: Tensor, classes: list[str]) -> None:
+    """Test images through the VAE: reconstructions, and a map of their means µ."""
+    mu, _ = encode_all(vae, x)
+    common.save_grid(torch.cat([x[:10], vae.decode(mu[:10])]), args.out_dir / "samples_vae.png",
+                     "Through the VAE", 10, ["test images", "reconstructions"])
     mu, labels = (mu - mu.mean(0)).cpu(), labels[:2000].cpu()
     points = mu[:2000] @ torch.linalg.svd(mu, full_matrices=False).Vh[:2].T  # (2000, 2)
-    by_class = {args.classes[i]: points[labels == i].tolist() for i in labels.unique().tolist()}
+    by_class = {classes[i]: points[labels == i].tolist() for i in labels.unique().tolist()}
     common.save_plot(args.out_dir / "latent_map.png", by_class, ".", xlabel="component 1",
                      ylabel="component 2", title=f"Principal components of {len(points)} means µ")
 
@@ -310,20 +343,21 @@ def draw_vae(args, vae: VAE) -> None:
 @torch.no_grad()
 def make_figures(args, diffusion: nn.Module, vae: VAE) -> None:
     """16 images from the same noise by every sampler: pictures, timings, sets for 05."""
-    net = common.as_function(diffusion, args)
-    schedule = make_schedule(args.timesteps)
-    rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
-    noise = torch.randn(16, 1, 8, 8, generator=rng).to(args.device)
+    net = common.recorded(diffusion, args)
+    schedule, noise = make_schedule(args.timesteps), common.noise(args, 16, 1, 8, 8)
     draw_path(args, vae, partial(ddim_sample, net, schedule, noise, args.ddim_steps))
 
-    made = {"name": "VAE alone", "method": "VAE prior", "sampler": "decoder", "steps": 1}
-    samplers = [(made, lambda x, rng: vae.decode(x.flatten(1)))]  # the noise is z ~ N(0, I)
-    method, n, T = "latent diffusion", args.ddim_steps, args.timesteps
-    made = {"name": f"DDIM, {n} steps", "method": method, "sampler": "DDIM", "steps": n}
-    samplers.append((made, lambda x, rng: vae.to_images(ddim_sample(net, schedule, x, n))))
-    made = {"name": f"DDPM, {T} steps", "method": method, "sampler": "DDPM", "steps": T}
-    samplers.append((made, lambda x, rng: vae.to_images(ddpm_sample(net, schedule, x, rng))))
-    common.measure(args, samplers, noise, "Columns share their noise: z in row 1, x_T below")
+    samplers, n, T = [], args.ddim_steps, args.timesteps
+    for name, method, sampler, steps, draw in (
+            ("VAE alone", "VAE prior", "decoder", 1,
+             lambda x, rng: vae.decode(x.flatten(1))),  # the noise is z ~ N(0, I)
+            (f"DDIM, {n} steps", "latent diffusion", "DDIM", n,
+             lambda x, rng: vae.to_images(ddim_sample(net, schedule, x, n))),
+            (f"DDPM, {T} steps", "latent diffusion", "DDPM", T,
+             lambda x, rng: vae.to_images(ddpm_sample(net, schedule, x, rng)))):
+        samplers.append(({"name": name, "method": method, "sampler": sampler,
+                          "steps": steps, "network_calls": steps}, draw))
+    common.draw_and_time(args, samplers, noise, "Columns share their noise: z in row 1, x_T below")
 
 
 def draw_path(args, vae: VAE, sample) -> None:
@@ -337,14 +371,10 @@ def draw_path(args, vae: VAE, sample) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with common.stopped(args):
-        if args.sample_only:
-            models = common.load_networks(args.state, make_models(args))
-        else:
-            models = train(args)
-        make_figures(args, **models)
+    networks = common.trained(args, make_models) if args.sample_only else train(args)
+    make_figures(args, **networks)
     print(f"the results are in {args.out_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

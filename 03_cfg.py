@@ -3,43 +3,42 @@
 A network that also sees the class c of an image learns to predict the v of 01 given c, so
 we can ask it for a 7. In training, c is hidden now and then, so the same network also
 predicts v without c. Guidance starts from that prediction and adds s times the difference
-that c makes. By Bayes' rule, this difference moves the image to where a classifier would be
-surer of c, but no classifier is needed: hence the name. With s = 1 we get the prediction
-with c; a larger s goes past it. The digits become clearer, but sevens more alike: guidance
-trades variety for clarity.
+that c makes. With s = 1 this is the prediction with c; a larger s goes past it. The digits
+become clearer, but those of one class more alike: guidance trades variety for clarity.
+
+    ∇log p(x_t|c) - ∇log p(x_t) = ∇log p(c|x_t)                  gradients by x_t; Bayes' rule
+
+The left side is, but for a factor, the difference of the two predictions. So it points to
+where a classifier would be surer of c, and no classifier is needed: hence the name.
 
     loss = E ‖v - v_θ(x_t, t, c)‖², c = ∅ with probability 0.1   Ho & Salimans 2022, Alg. 1
     v̂    = v_θ(x_t, t, ∅) + s (v_θ(x_t, t, c) - v_θ(x_t, t, ∅))  their Eq. 6, for ε̂
-    s = 0 is unconditional, 1 conditional, above 1 guided
-    x_t, v (here √ᾱ_t ε - √(1-ᾱ_t) x_0), the schedule and DDIM are those of 01
+    s = 0: without c, 1: with c, above: guided             x_t, v, schedule and DDIM: as in 01
 
     papers          code                      shape
     x_0, x_t, ε     x0, x_t, noise            (B, 1, 28, 28), x0 in [-1, 1]
-    t = 1 ... T     t = 0 ... T-1             (B,); -1 in the samplers is the clean image
-    c, ∅            labels, NULL              (B,) in 0 ... 9, and -1
+    t = 1 ... T     t = 0 ... T-1             (B,), the paper's t minus 1; -1 is the clean image
+    c               labels                    (B,) in 0 ... 9, or where it is hidden:
+    ∅               NULL                      -1
     v_θ(x_t, t, c)  model(x_t, t, labels)     (B, 1, 28, 28)
     v̂               guided(...)(x_t, t)       (B, 1, 28, 28)
-    s = 1 + w       scale, --guidance
-    p_uncond        --label-dropout           Ho & Salimans; their z_λ is x_t
+    s = 1 + w       scale, --guidance         the paper guides ε̂ by w: the same, as s + (1-s) = 1
 
-The paper guides ε̂ = √(1-ᾱ_t) x_t + √ᾱ_t v̂. That is the same: the weights of the two
-predictions, s and 1 - s, add up to 1, so the term with x_t stays as it is.
-
-To show both, the class enters in two ways: as input channels, and by cross-attention, as
-text does in large models. Adding it to the time embedding would be simpler.
+The class enters twice, to show how each is done: as input channels, and by cross-attention,
+as text does in large models. It learns as 01 does.
 
     python 03_cfg.py                                  40 epochs, for a GPU
     python 03_cfg.py --epochs 3 --batch-size 64       for a CPU
-    python 03_cfg.py --digits 3141592653              draw these; no training
+    python 03_cfg.py --digits 3141592653              these, from the shipped weights
 
-Measured after 34 epochs (the shipped weights), 1,000 samples by DDIM-100 each: with s = 1,
-1.25, 3 the classifier of 05_compare.py reads 97.1%, 99.2%, 100% of the digits as asked for.
-Their Fréchet distances to the test digits (lower is better) are 0.142, 0.134, 0.507; training
-digits have 0.155, with ±0.03 from set to set. So s = 3, the default, is clearer, but less varied.
+Measured after 34 epochs, 1,000 samples by DDIM-100: with s = 1, 1.25, 3 the classifier of 05
+reads 97.1%, 99.2%, 100% as asked for; Fréchet distances to the test digits are 0.142, 0.134,
+0.507 (training digits: 0.155 ± 0.03). So s = 3, the default, is clearer, but less varied.
 """
 
-import argparse
+import copy
 import math
+import time
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -47,61 +46,59 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import common
-from common import Attention, ResBlock, number
+from common import COUNT, Attention, Between, ResBlock
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "Guided diffusion.", epochs=40, batch_size=128, lr=2e-3)
-    add, count = parser.add_argument, number(int, 1)
+    parser = common.make_parser(__file__, "Guided diffusion.", epochs=40, lr=2e-3)
+    add, scale = parser.add_argument, {"type": float, "choices": Between(0)}
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
-    add("--timesteps", type=number(int, 2), default=1000, help="T, from image to noise")
-    add("--ddim-steps", type=count, default=100, help="steps of DDIM and DDPM")
-    add("--tokens", type=count, default=4, help="learned tokens per class, to attend to")
-    add("--label-dropout", type=number(float, 0, 1), default=0.1, help="share to hide")
-    scale = number(float, 0)
-    add("--guidance", type=scale, default=3.0, help="scale s in the main figures")
+    add("--timesteps", type=int, choices=Between(2), default=1000, help="T, from image to noise")
+    add("--ddim-steps", **COUNT, default=100, help="steps of DDIM and DDPM")
+    add("--tokens", **COUNT, default=4, help="learned tokens for each class, to attend to")
+    add("--label-dropout", type=float, choices=Between(0, 1), default=0.1, help="share to hide")
+    add("--guidance", **scale, default=3.0, help="scale s in the main figures")
     sweep = [0, 1, 1.25, 1.5, 2, 3, 5]
-    add("--guidance-sweep", type=scale, nargs="+", default=sweep, help="others to compare")
-    add("--digits", type=digits, help="draw these classes and stop; no training")
-    tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
+    add("--guidance-sweep", **scale, nargs="+", default=sweep, help="others to compare")
+    add("--digits", help="draw these classes and stop; no training")
+    tiny = {"dataset": "synthetic", "train_images": 128, "epochs": 8, "batch_size": 16,
             "width": 8, "timesteps": 20, "ddim_steps": 10, "guidance_sweep": [0, 1, 3],
             "eval_samples": 20}
-    if parser.parse_args(argv).digits:
-        parser.set_defaults(sample_only=True)  # common.parse() reads it
-    args = common.parse(parser, argv, tiny)
+    parser.set_defaults(sample_only=parser.parse_args(argv or []).digits is not None)
+    args = common.parse(parser, argv, tiny,
+                        sampling=["ddim_steps", "guidance", "guidance_sweep", "digits"])
     if args.ddim_steps > args.timesteps:
-        parser.error(f"--ddim-steps: DDIM takes at most --timesteps {args.timesteps} steps")
-    classes = len(args.classes)
-    if args.digits and int(max(args.digits)) >= classes:
-        parser.error(f"--digits {args.digits}: there are only {classes} classes, from 0")
+        parser.error(f"--ddim-steps: at most --timesteps {args.timesteps}")
+    if args.digits is not None:
+        last = common.load_checkpoint(args)["network"]["classes"] - 1
+        if not set(args.digits) <= set("0123456789"[: last + 1]) or not args.digits:
+            parser.error(f"--digits {args.digits!r}: only digits from 0 to {last}")
     return args
 
 
-def digits(text: str) -> str:
-    """An argparse type: a string of the digits 0 to 9."""
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r}: only the digits 0 to 9")
-    return text
+NULL = -1  # vs 01: ∅, the label of an image whose class is hidden
 
 
-NULL = -1  # ∅, the label of an image whose label is hidden
+def hide_labels(labels: Tensor, share: float) -> Tensor:
+    """Each of the labels (B,) becomes ∅ with probability `share` (p_uncond in Algorithm 1)."""
+    hidden = torch.rand(labels.shape, device=labels.device) < share
+    return labels.masked_fill(hidden, NULL)
 
 
 class UNet(nn.Module):
-    """That of 01, and labels (B,): as 32 more input channels, and by cross-attention."""
-
-    def __init__(self, width: int, t_max: float, tokens: int, classes: int = 10):
+    """vs 01: labels (B,), too, as c_label more input channels, and by cross-attention."""
+    def __init__(self, width: int, t_max: float, tokens: int, classes: int = 10, c_label=32):
         super().__init__()
         c1, c2, c3, c_time = width, 2 * width, 4 * width, 4 * width
         self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
-        self.time = nn.Sequential(
-            nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time), nn.SiLU()
-        )
-        self.label_channels = nn.Embedding(classes + 1, 32)  # the last is for NULL
-        self.conv_in = nn.Conv2d(1 + 32, c1, 3, padding=1)
+        self.time = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
+                                  nn.Linear(c_time, c_time), nn.SiLU())
+        self.label_channels = nn.Embedding(classes + 1, c_label)  # the last is for NULL
+        self.conv_in = nn.Conv2d(1 + c_label, c1, 3, padding=1)
         self.down0 = ResBlock(c1, c1, c_time)
         self.down0_to_1 = nn.Conv2d(c1, c1, 3, stride=2, padding=1)
         self.down1 = ResBlock(c1, c2, c_time)
@@ -111,8 +108,8 @@ class UNet(nn.Module):
         self.mid_attention = Attention(c3)
         self.mid2 = ResBlock(c3, c3, c_time)
         # Several tokens a class: with one, the softmax is 1, and all pixels get the same.
-        self.label_tokens = nn.Embedding(classes + 1, tokens * 32)
-        self.cross_attention = Attention(c3, 32)
+        self.label_tokens = nn.Embedding(classes + 1, tokens * c_label)
+        self.cross_attention = Attention(c3, c_label)
         self.mid_to_up0 = nn.Conv2d(c3, c2, 3, padding=1)
         self.up0 = ResBlock(2 * c2, c2, c_time)
         self.up0_attention = Attention(c2)
@@ -126,9 +123,8 @@ class UNet(nn.Module):
         emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))
         labels = labels % self.label_tokens.num_embeddings  # -1 becomes the last
         channels = self.label_channels(labels)[:, :, None, None]  # (B, 32, 1, 1)
-        channels = channels.expand(-1, -1, *x.shape[2:])
-        tokens = self.label_tokens(labels).unflatten(1, (-1, 32))  # (B, tokens, 32)
-        x = torch.cat([x, channels], dim=1)  # (B, 33, H, W)
+        x = torch.cat([x, channels.expand(-1, -1, *x.shape[2:])], dim=1)  # (B, 33, H, W)
+        tokens = self.label_tokens(labels).unflatten(1, (-1, channels.shape[1]))  # (B, tokens, 32)
         h0 = self.down0(self.conv_in(x), emb)  # (B, c1, H, W)
         h1 = self.down1_attention(self.down1(self.down0_to_1(h0), emb))  # (B, c2, H/2, W/2)
         h = self.mid1(self.down1_to_mid(h1), emb)  # (B, c3, H/4, W/4)
@@ -141,28 +137,24 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 1, H, W)
 
 
-def make_models(args) -> dict[str, nn.Module]:
-    model = UNet(args.width, args.timesteps, args.tokens, len(args.classes))
-    return {"diffusion": model.to(args.device, memory_format=torch.channels_last)}
+def make_models(width: int, timesteps: int, tokens: int, classes: int, device="cpu") -> dict:
+    model = UNet(width, timesteps, tokens, classes)
+    return {"diffusion": model.to(device, memory_format=torch.channels_last)}
 
 
 class Schedule(NamedTuple):
     """How much noise there is at each t, (T,) each."""
-
     betas: Tensor  # β_t, float64 on the CPU: the samplers read single numbers
     alphas: Tensor  # α_t = 1 - β_t
-    alpha_bars: Tensor  # ᾱ_t = α_0 ⋯ α_t
+    alpha_bars: Tensor  # ᾱ_t, the product of all α up to t
     signal_scale: Tensor  # √ᾱ_t, float32 on the device, for training
     noise_scale: Tensor  # √(1-ᾱ_t)
 
 
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
-    """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced.
-
-    Nichol & Dhariwal 2021, Eq. 17, but φ_t runs from 0.01 to π/2 - 0.01, for any T. So at
-    t = 0 a little noise is left, for the samplers divide by 1-ᾱ_t; and at t = T-1 a hundredth
-    of the image, too little to see, so that sampling may start from pure noise.
-    """
+    """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced (Nichol &
+    Dhariwal 2021, Eq. 17), from 0.01 to π/2 - 0.01 for any T. So at t = 0 a little noise is left,
+    as the samplers divide by 1-ᾱ_t, and at t = T-1 too little of the image to be seen, 0.01."""
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # ᾱ_t comes first; α_t and β_t follow from it
     alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1
@@ -177,22 +169,49 @@ def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor
     return signal_scale * x0 + noise_scale * noise
 
 
-def hide_labels(labels: Tensor, share: float) -> Tensor:
-    """Each of the labels (B,) becomes ∅ with probability `share` (p_uncond in Algorithm 1)."""
-    hidden = torch.rand(labels.shape, device=labels.device) < share
-    return labels.masked_fill(hidden, NULL)
-
-
 def diffusion_loss(
     model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor, labels: Tensor
 ) -> Tensor:
     """Ho & Salimans 2022, Algorithm 1, but for v: the mean squared error of the prediction.
-
-    x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1; labels: (B,), some of them ∅.
-    """
+    x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1; vs 01: labels (B,), some of them ∅."""
     x_t = q_sample(schedule, x0, t, noise)
-    v = q_sample(schedule, noise, t, -x0)  # √ᾱ_t ε + √(1-ᾱ_t) (-x_0)
+    signal_scale = schedule.signal_scale[t].view(-1, 1, 1, 1)
+    noise_scale = schedule.noise_scale[t].view(-1, 1, 1, 1)
+    v = signal_scale * noise - noise_scale * x0
     return F.mse_loss(model(x_t, t, labels), v)
+
+
+def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
+    """(t, next t), evenly from T-1 down to -1 (x_0). 100 of 1000: (999, 989) ... (9, -1)."""
+    if not 1 <= steps <= timesteps:
+        raise ValueError(f"DDIM takes 1 to {timesteps} steps, not {steps}")
+    times = torch.linspace(timesteps - 1, -1, steps + 1, dtype=torch.float64).round().int()
+    return list(pairwise(times.tolist()))
+
+
+@torch.no_grad()
+def ddim_sample(
+    model, schedule: Schedule, x_T: Tensor, steps: int, eta=0.0, rng=None, trace=None
+) -> Tensor:
+    """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to x_0.
+
+    eta = 0 draws no noise. eta up to 1 replaces a part of ε̂ by fresh noise (Eq. 16); eta = 1
+    is DDPM if steps = T. `trace(t, x_t, x0_hat)`, if given, sees every step.
+    """
+    x, alpha_bars = x_T, [*schedule.alpha_bars.tolist(), 1.0]  # so index -1 has no noise
+    pairs = ddim_pairs(len(schedule.betas), steps)
+    for t, t_next in tqdm(pairs, "DDIM", leave=False, delay=2):
+        ab, ab_next = alpha_bars[t], alpha_bars[t_next]
+        v_hat = model(x, torch.full((len(x),), t, device=x.device))
+        x0_hat = ab**0.5 * x - (1 - ab) ** 0.5 * v_hat
+        eps_hat = (1 - ab) ** 0.5 * x + ab**0.5 * v_hat
+        if trace:
+            trace(t, x, x0_hat)
+        sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)) ** 0.5  # Eq. 16
+        x = ab_next**0.5 * x0_hat + (1 - ab_next - sigma**2) ** 0.5 * eps_hat
+        if sigma > 0:
+            x = x + sigma * torch.randn(x.shape, generator=rng, device=x.device)
+    return x
 
 
 def guided(model, labels: Tensor, scale: float, classes: int = 10):
@@ -216,101 +235,116 @@ def guided(model, labels: Tensor, scale: float, classes: int = 10):
     return v_hat
 
 
-def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
-    """(t, next t), evenly from T-1 down to -1 (x_0). 100 of 1000: (999, 989) ... (9, -1)."""
-    if not 1 <= steps <= timesteps:
-        raise ValueError(f"DDIM takes 1 to {timesteps} steps, not {steps}")
-    times = torch.linspace(timesteps - 1, -1, steps + 1, dtype=torch.float64).round().int()
-    return list(pairwise(times.tolist()))
-
-
-@torch.no_grad()
-def ddim_sample(
-    model, schedule: Schedule, x_T: Tensor, steps: int, eta=0.0, rng=None, trace=None
-) -> Tensor:
-    """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to an image.
-
-    eta = 0 draws no noise. eta up to 1 replaces a part of ε̂ by fresh noise (Eq. 16); eta = 1
-    is DDPM if steps = T. `trace(t, x_t, x0_hat)`, if given, sees every step.
-    """
-    x, alpha_bars = x_T, [*schedule.alpha_bars.tolist(), 1.0]  # so index -1 has no noise
-    pairs = ddim_pairs(len(schedule.betas), steps)
-    for t, t_next in tqdm(pairs, "DDIM", leave=False, delay=2):
-        ab, ab_next = alpha_bars[t], alpha_bars[t_next]
-        v_hat = model(x, torch.full((len(x),), t, device=x.device))
-        x0_hat = ab**0.5 * x - (1 - ab) ** 0.5 * v_hat
-        eps_hat = (1 - ab) ** 0.5 * x + ab**0.5 * v_hat
-        if trace:
-            trace(t, x, x0_hat)
-        sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)) ** 0.5  # Eq. 16
-        x = ab_next**0.5 * x0_hat + (1 - ab_next - sigma**2) ** 0.5 * eps_hat
-        if sigma > 0:
-            x = x + sigma * torch.randn(x.shape, generator=rng, device=x.device)
-    return x
-
-
 def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None, steps=None) -> Tensor:
-    """DDPM as DDIM with η = 1: the same as in 01, but it can take fewer steps."""
+    """vs 01: DDPM is DDIM with η = 1, and may take fewer steps; a test compares the two."""
     return ddim_sample(model, schedule, x_T, steps or len(schedule.betas), eta=1.0, rng=rng)
 
 
+def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
+    """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
+    data, test: lists of tensors, a row an image; draw(network) -> ten images to look at."""
+    ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
+    large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
+    small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
+    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # which CUDA graphs read anew
+    muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
+    adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
+    learned = [ema, model, muon, adamw]
+    done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
+    batches = len(data[0]) // args.batch_size  # in an epoch, without a smaller last one
+    total = epochs * batches
+    average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
+    averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
+                         for net in (ema, model))
+
+    def step(*batch: Tensor) -> Tensor:
+        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
+        value = loss(model, *batch)
+        model.zero_grad()
+        value.backward()
+        muon.step()
+        adamw.step()
+        average(averages, weights, None)
+        return value.detach()
+
+    step = common.recorded(step, args, one_shape=True)
+    with tqdm(total=total, initial=done * batches, desc=name, mininterval=1) as bar:
+        for epoch in range(done, epochs):
+            torch.manual_seed(epoch + 1000 * args.seed)  # so a resumed run is the same
+            order = torch.randperm(len(data[0]), device=args.device).split(args.batch_size)
+            losses, start = [], time.perf_counter()
+            for chosen in order[:batches]:
+                i = epoch * batches + len(losses)
+                rate = lr * min((i + 1) / min(200, total / 10), 1) * (1 - i / total)
+                muon_lr.fill_(10 * rate)  # up for 200 steps, then down to 0
+                adamw_lr.fill_(rate)
+                losses.append(step(*[part[chosen] for part in data]))
+                if bar.update():  # true once a second, for reading a loss makes a GPU wait
+                    bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
+            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
+            common.keep_epoch(args, state, name, learned, draw and draw(ema), lr=rate,
+                              test_loss=common.test_loss(loss, ema, test), loss=mean,
+                              seconds=seconds, images=len(losses) * args.batch_size)
+    return ema
+
+
 def train(args) -> dict[str, nn.Module]:
-    """Train the network; returns the moving average of its weights."""
-    data = common.load_images(args)  # images, labels
+    """Trains the network; returns the moving average of its weights, which draws better."""
+    data, test, classes = common.load_images(args)  # images and labels
+    network = {"width": args.width, "timesteps": args.timesteps}
+    network |= {"tokens": args.tokens, "classes": len(classes)}
+    state = common.open_run(args, network=network, classes=classes)
     schedule = make_schedule(args.timesteps, args.device)
     torch.manual_seed(args.seed)
-    model = make_models(args)["diffusion"]
-    stage = common.Stage(args, "diffusion", model, args.epochs, args.lr, *data)
-    for x0, labels in stage:
+    model = make_models(**network, device=args.device)["diffusion"]
+    noise, quick = common.noise(args, 16, 1, 28, 28)[:10], min(20, args.timesteps)
+    ten = torch.arange(10, device=args.device) % len(classes)
+
+    def loss(model, x0: Tensor, labels: Tensor) -> Tensor:  # vs 01: with labels
         t = torch.randint(args.timesteps, (len(x0),), device=x0.device)
-        noise = torch.randn_like(x0)
         labels = hide_labels(labels, args.label_dropout)
-        stage.step(diffusion_loss(stage.model, schedule, x0, t, noise, labels))
-    return {"diffusion": stage.ema}
+        return diffusion_loss(model, schedule, x0, t, torch.randn_like(x0), labels)
+
+    ema = fit(args, state, "diffusion", model, loss, data, test, args.epochs, args.lr,
+              draw=lambda model: ddim_sample(partial(model, labels=ten), schedule, noise, quick))
+    return {"diffusion": ema}
 
 
 def make_figures(args, diffusion: nn.Module) -> None:
-    """Ten classes and many scales of guidance: pictures, timings, and sets for 05."""
-    net = common.as_function(diffusion, args)
-    schedule = make_schedule(args.timesteps)
+    """16 images from the same noise by every sampler: pictures, timings, sets for 05."""
+    net, names = common.recorded(diffusion, args), common.load_checkpoint(args)["classes"]
+    schedule, noise = make_schedule(args.timesteps), common.noise(args, 16, 1, 28, 28)
     if args.digits:
-        return draw_digits(args, net, schedule)
-    rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
-    noise = torch.randn(16, 1, 28, 28, generator=rng).to(args.device)
-    classes = len(args.classes)
+        return draw_digits(args, net, schedule, names)
 
-    def sample(x_T: Tensor, rng=None, s=args.guidance, sampler=ddim_sample, **more):
-        labels = torch.arange(len(x_T), device=x_T.device) % classes  # 0 ... 9, 0 ...
-        v_hat = guided(net, labels, s, classes)
-        return sampler(v_hat, schedule, x_T, steps=args.ddim_steps, rng=rng, **more)
+    def sample(x: Tensor, rng=None, s=args.guidance, eta=0.0, trace=None) -> Tensor:
+        labels = torch.arange(len(x), device=x.device) % len(names)  # the classes in turn
+        v_hat = guided(net, labels, s, len(names))
+        return ddim_sample(v_hat, schedule, x, args.ddim_steps, eta, rng, trace)
 
     draw_path(args, partial(sample, noise))
+
     samplers, n = [], args.ddim_steps
-    runs = [("DDIM", ddim_sample, s) for s in sorted({args.guidance, *args.guidance_sweep})]
-    for kind, sampler, s in [*runs, ("DDPM", ddpm_sample, args.guidance)]:
-        calls = n if s in (0, 1) else 2 * n  # a doubled batch counts as two
-        made = {"name": f"{kind}, {n} steps, s = {s:g}", "method": "guided diffusion",
-                "sampler": kind, "guidance": s, "steps": n, "network_calls": calls}
-        if s:
-            made["classes"] = classes  # sample() asks for them in turn
-        samplers.append((made, partial(sample, s=s, sampler=sampler)))
-    overview = "Columns share their noise and, with s > 0, their class"
-    names = [args.classes[i % classes] for i in range(10)]
-    common.measure(args, samplers, noise, overview, below=names)
+    runs = [("DDIM", 0.0, s) for s in sorted({args.guidance, *args.guidance_sweep})]
+    for sampler, eta, s in [*runs, ("DDPM", 1.0, args.guidance)]:
+        made = {"name": f"{sampler}, {n} steps, s = {s:g}", "method": "guided diffusion",
+                "sampler": sampler, "steps": n, "guidance": s,
+                "network_calls": n if s in (0, 1) else 2 * n}  # a doubled batch counts as two
+        made |= {"classes": len(names)} if s else {}
+        samplers.append((made, partial(sample, s=s, eta=eta)))
+    title = "Columns share their noise and, with s > 0, their class"
+    common.draw_and_time(args, samplers, noise, title, [*names, *names][:10])
 
 
-def draw_digits(args, net, schedule: Schedule) -> None:
+def draw_digits(args, net, schedule: Schedule, names: list[str]) -> None:
     """--digits: the classes that were asked for, in one picture, twenty to a row."""
     labels = torch.tensor([int(digit) for digit in args.digits], device=args.device)
-    rng = torch.Generator().manual_seed(args.seed)
-    x_T = torch.randn(len(labels), 1, 28, 28, generator=rng)
-    v_hat = guided(net, labels, args.guidance, len(args.classes))
-    images = ddim_sample(v_hat, schedule, x_T.to(args.device), args.ddim_steps)
-    shown = args.digits[:20]
-    path = args.out_dir / f"digits_{shown}.png"
-    names = " ".join(args.classes[int(digit)] for digit in shown)
-    names += " ..." if len(labels) > 20 else ""
-    common.save_grid(images, path, f"Guided, s = {args.guidance:g}: {names}", 20)
+    v_hat = guided(net, labels, args.guidance, len(names))
+    x_T = common.noise(args, len(labels), 1, 28, 28)
+    path, shown = args.out_dir / f"digits_{args.digits[:20]}.png", labels[:20].tolist()
+    title = " ".join(names[i] for i in shown) + " ..." * (len(labels) > 20)
+    common.save_grid(ddim_sample(v_hat, schedule, x_T, args.ddim_steps), path,
+                     f"Guided, s = {args.guidance:g}: {title}", 20)
     print(path)
 
 
@@ -334,14 +368,10 @@ def draw_path(args, sample) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with common.stopped(args):
-        if args.sample_only:
-            models = common.load_networks(args.state, make_models(args))
-        else:
-            models = train(args)
-        make_figures(args, **models)
+    networks = common.trained(args, make_models) if args.sample_only else train(args)
+    make_figures(args, **networks)
     print(f"the results are in {args.out_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -3,13 +3,12 @@
 CAREFUL: x_0 was the image in 01. Here x_0 is the NOISE, and x_1 is the image.
 
 Pair each image with random noise, new each time, and draw a straight line between them. A
-network learns the velocity of the lines, x_1 - x_0, at each point and time. Where lines
-cross, it learns the mean of their velocities. To sample, start from fresh noise and follow
-this velocity. The path bends, so this takes many small steps. Reflow makes the paths
-straighter: pair each of many noises with the image at the end of its path, and train a copy
-of the network on these pairs. Two paths never meet, since each point and time has one
-velocity. The straight lines between their ends still could cross, but hardly do. So after
-the reflow one step gets near the end.
+network learns the velocity of the lines, x_1 - x_0, at each point and time; where lines
+cross, the mean of theirs. To sample, start from fresh noise and follow this velocity. The
+path bends, so this takes many small steps. Reflow makes paths straighter: pair each of many
+noises with the image at the end of its path, and train a copy of the network on the pairs.
+Two paths never meet, since each point and time has one velocity. Straight lines between
+their ends could cross, but hardly do. So after the reflow one step gets near the end.
 
     x_t    = (1-t) x_0 + t x_1                                    Liu et al. 2022, section 2.1
     loss   = E ‖(x_1 - x_0) - v_θ(x_t, t)‖², t by --flow-t        Liu, Eq. 1, with uniform t
@@ -27,64 +26,61 @@ the reflow one step gets near the end.
     v_θ(x_t, t)     v = model(x_t, t)         (B, 1, 28, 28)
 
 x_t is on a line, z_t on a path; the code writes x for both, and takes means over pixels.
-Lines between random pairs cross, so the loss never gets to 0.
+Lines between random pairs cross, so the loss never gets to 0. It learns as 01 does.
 
-Why does the network predict an image, and not v itself? v = x_1 - x_0 contains the noise of
-every pixel, and a network cannot copy that exactly: some grey stays in the black. If it
-predicts x̂_1, the last step, z_t + (1-t) v_θ, ends at x̂_1 itself, and black is easy to
-predict. After a shorter reflow than below, one step had a Fréchet distance of 0.917, but
-1.71 where the network predicted v. The flow itself is worse this way, by 10% with ten steps
-(RESULTS.md).
+Why does the network predict an image, and not v? v contains the noise of every pixel, which
+a network cannot copy exactly: some grey stays in the black. From x̂_1, the last step ends
+at x̂_1 itself, and black is easy to predict. One step of a shorter reflow scored 0.917, and
+1.71 where the network predicted v; the flow is 10% worse this way (ten steps; RESULTS.md).
+And 1-t divides: in v_θ it is at least 0.01, and after t = 0.95 the loss counts errors less.
 
-Euler's step takes the velocity at its start, although the path bends. AB2 estimates the
-velocity in the middle of the step: v here and v one step ago tell how it changes, without
-another call of the network. Our AB2 also takes shorter steps near the noise, where v
-changes faster than it does later (except after t = 0.9). Its first and last steps are
-Euler's.
+Euler's step takes the velocity at its start. AB2 estimates that in the middle of the step:
+v here and one step ago tell how it changes, without another call. Its steps get longer, as
+v changes fastest near the noise: t = s / (2-s) for even s. Its first and last are Euler's.
 
     python 04_rectified_flow.py                 flow, pairs and reflow, for a GPU
+    python 04_rectified_flow.py --sample-only   no training: the shipped weights
 
-Trained with the default options on an NVIDIA H200 (but the pairs came from 10 steps of
-Heun's method, RESULTS.md): Fréchet distances of 5,000 samples (real digits have 0.058), and
-S of 16 paths in 100 steps of Euler:
+Trained with the defaults on an NVIDIA H200 (but pairs by 10 steps of Heun's method, RESULTS.md):
+Fréchet distances of 5,000 samples (real digits have 0.058), and S of 16 paths in 100 Euler steps:
     steps         1      2      5      10     100    S
     flow, Euler   53.2   7.82   1.12   0.598  0.311  0.081
     flow, AB2                   0.440  0.323
     reflow, Euler 0.739  0.662  0.583  0.540  0.483  0.0023
-So one step after the reflow is better than five of Euler's before it, but not better than
-five of AB2.
+One step after the reflow beats five of Euler's before it, but not five of AB2.
 """
 
+import copy
 import math
-import shutil
+import time
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import common
-from common import Attention, ResBlock, number
+from common import COUNT, RATE, Attention, ResBlock
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "Rectified flow.", epochs=10, batch_size=128, lr=2e-3)
-    add, count = parser.add_argument, number(int, 1)
+    parser = common.make_parser(__file__, "Rectified flow.", epochs=10, lr=2e-3)
+    add, euler = parser.add_argument, [1, 2, 5, 10, 100]
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
-    add("--steps", type=count, nargs="+", default=[1, 2, 5, 10, 100], help="numbers of Euler steps")
-    add("--ab2-steps", type=count, nargs="+", default=[5, 10], help="numbers of AB2 steps (flow)")
+    add("--steps", **COUNT, nargs="+", default=euler, help="numbers of Euler steps")
+    add("--ab2-steps", **COUNT, nargs="+", default=[5, 10], help="numbers of AB2 steps (flow)")
     add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="density of t in the flow")
     add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="density of t in the reflow")
-    add("--pairs", type=count, default=120_000, help="pairs of noise and image to make")
-    add("--pair-steps", type=count, default=10, help="steps of AB2 to make a pair")
-    add("--reflow-epochs", type=count, default=10, help="passes over all the pairs")
-    add("--reflow-lr", type=number(float, 1e-9), default=1e-3, help="peak rate of the reflow")
-    tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
-            "width": 8, "steps": [1, 2, 5], "ab2_steps": [4], "eval_samples": 20, "pairs": 256,
-            "pair_steps": 3, "reflow_epochs": 4}
-    args = common.parse(parser, argv, tiny)
+    add("--pairs", **COUNT, default=120_000, help="pairs of noise and data to make")
+    add("--pair-steps", **COUNT, default=10, help="steps of AB2 to make a pair")
+    add("--reflow-epochs", **COUNT, default=10, help="passes over all the pairs")
+    add("--reflow-lr", **RATE, default=1e-3, help="peak rate of the reflow")
+    tiny = {"dataset": "synthetic", "train_images": 128, "epochs": 8, "batch_size": 16,
+            "width": 8, "steps": [1, 2, 5], "ab2_steps": [4], "eval_samples": 20,
+            "pairs": 256, "pair_steps": 3, "reflow_epochs": 4}
+    args = common.parse(parser, argv, tiny, sampling=["steps", "ab2_steps"])
     if args.batch_size > args.pairs:
         parser.error(f"--batch-size {args.batch_size}: more than --pairs {args.pairs}")
     return args
@@ -102,19 +98,14 @@ T_DENSITIES = {  # t in [0, 1] from uniform u, by the inverse of the cumulative 
 }
 
 
-TIME_LEFT = 0.05  # in training, the least 1 - t that we divide by (Li & He)
-
-
 class UNet(nn.Module):
-    """x_t (B, 1, H, W), H and W multiples of 4, t (B,) from 0 to below 1 -> v (B, 1, H, W)."""
-
-    def __init__(self, width: int):
+    """x_t (B, 1, H, W), H and W multiples of 4, t (B,) from 0 to t_max -> v (B, 1, H, W)."""
+    def __init__(self, width: int, t_max: float = 1):
         super().__init__()
         c1, c2, c3, c_time = width, 2 * width, 4 * width, 4 * width
-        self.c_time = c_time
-        self.time = nn.Sequential(
-            nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time), nn.SiLU()
-        )
+        self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
+        self.time = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
+                                  nn.Linear(c_time, c_time), nn.SiLU())
         self.conv_in = nn.Conv2d(1, c1, 3, padding=1)
         self.down0 = ResBlock(c1, c1, c_time)
         self.down0_to_1 = nn.Conv2d(c1, c1, 3, stride=2, padding=1)
@@ -131,10 +122,10 @@ class UNet(nn.Module):
         self.up1 = ResBlock(2 * c1, c1, c_time)
         self.norm_out = nn.GroupNorm(8, c1)
         self.conv_out = nn.Conv2d(c1, 1, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)  # a fresh network predicts an even grey
+        nn.init.zeros_(self.conv_out.weight)  # a fresh network predicts a constant
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        emb = self.time(common.timestep_embedding(t * 1000, self.c_time))
+        emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))
         h0 = self.down0(self.conv_in(x), emb)  # (B, c1, H, W)
         h1 = self.down1_attention(self.down1(self.down0_to_1(h0), emb))  # (B, c2, H/2, W/2)
         h = self.mid1(self.down1_to_mid(h1), emb)  # (B, c3, H/4, W/4)
@@ -143,27 +134,27 @@ class UNet(nn.Module):
         h = self.up0_attention(self.up0(torch.cat([h, h1], dim=1), emb))
         h = self.up0_to_1(F.interpolate(h, scale_factor=2.0))  # (B, c1, H, W)
         h = self.up1(torch.cat([h, h0], dim=1), emb)
-        image = self.conv_out(F.silu(self.norm_out(h)))  # vs 01: not returned as it is
-        left = (1 - t).clamp(min=TIME_LEFT) if self.training else 1 - t  # samplers never pass t = 1
-        return (image - x) / left.view(-1, 1, 1, 1)  # the v that takes x to the image by t = 1
+        image = self.conv_out(F.silu(self.norm_out(h)))  # vs 01: x̂_1, not returned as it is
+        left = (1 - t).clamp(min=0.01).view(-1, 1, 1, 1)  # the time to t = 1, but not 0
+        return (image - x) / left  # the v that takes x to the image by t = 1
 
 
-def make_models(args) -> dict[str, nn.Module]:
-    return {name: UNet(args.width).to(args.device, memory_format=torch.channels_last)
+def make_models(width: int, device: str = "cpu") -> dict[str, nn.Module]:
+    return {name: UNet(width).to(device, memory_format=torch.channels_last)
             for name in ("flow", "reflow")}
 
 
 def flow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, error=F.mse_loss) -> Tensor:
     """The error of v on the line from x0 to x1: Liu et al. 2022, Eq. 1.
 
-    x0 (noise) and x1 (data): (B, 1, H, W); t: (B,) in [0, 1]. The squared error makes v the mean
-    where lines cross. Those of a reflow hardly cross; there F.l1_loss gave better images.
+    x0 (noise) and x1 (data): (B, 1, H, W); t: (B,) in [0, 1].
+    The squared error makes v the mean where lines cross.
+    Those of a reflow hardly cross; there F.l1_loss gave better images.
     """
     t_ = t.view(-1, 1, 1, 1)  # one for each image
     x_t = (1 - t_) * x0 + t_ * x1
-    # x1 - x0, but scaled down for t > 0.95, as in UNet
-    target = (x1 - x_t) / (1 - t_).clamp(min=TIME_LEFT)
-    return error(model(x_t, t), target)
+    weight = ((1 - t_) / 0.05).clamp(max=1)  # below 1 for t > 0.95 (Li & He clamp 1 - t there)
+    return error(weight * model(x_t, t), weight * (x1 - x0))
 
 
 def even_times(steps: int) -> list[float]:
@@ -172,7 +163,7 @@ def even_times(steps: int) -> list[float]:
 
 @torch.no_grad()
 def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
-    """Euler's method from noise x0 (B, ...) to an image; `trace(t, x_t, v)` sees every step."""
+    """Euler's method from noise x0 (B, ...) to x_1; `trace(t, x_t, v)` sees every step."""
     x = x0
     for t, t_next in tqdm(list(pairwise(even_times(steps))), "Euler", leave=False, delay=2):
         v = model(x, torch.full((len(x),), t, device=x.device))
@@ -213,52 +204,88 @@ def make_pairs(model, n: int, steps: int, rng, device="cpu") -> tuple[Tensor, Te
     return x0, torch.cat([adams_sample(model, part, steps) for part in parts])
 
 
+def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
+    """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
+    data, test: lists of tensors, a row an image; draw(network) -> ten images to look at."""
+    ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
+    large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
+    small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
+    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # which CUDA graphs read anew
+    muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
+    adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
+    learned = [ema, model, muon, adamw]
+    done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
+    batches = len(data[0]) // args.batch_size  # in an epoch, without a smaller last one
+    total = epochs * batches
+    average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
+    averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
+                         for net in (ema, model))
+
+    def step(*batch: Tensor) -> Tensor:
+        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
+        value = loss(model, *batch)
+        model.zero_grad()
+        value.backward()
+        muon.step()
+        adamw.step()
+        average(averages, weights, None)
+        return value.detach()
+
+    step = common.recorded(step, args, one_shape=True)
+    with tqdm(total=total, initial=done * batches, desc=name, mininterval=1) as bar:
+        for epoch in range(done, epochs):
+            torch.manual_seed(epoch + 1000 * args.seed)  # so a resumed run is the same
+            order = torch.randperm(len(data[0]), device=args.device).split(args.batch_size)
+            losses, start = [], time.perf_counter()
+            for chosen in order[:batches]:
+                i = epoch * batches + len(losses)
+                rate = lr * min((i + 1) / min(200, total / 10), 1) * (1 - i / total)
+                muon_lr.fill_(10 * rate)  # up for 200 steps, then down to 0
+                adamw_lr.fill_(rate)
+                losses.append(step(*[part[chosen] for part in data]))
+                if bar.update():  # true once a second, for reading a loss makes a GPU wait
+                    bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
+            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
+            common.keep_epoch(args, state, name, learned, draw and draw(ema), lr=rate,
+                              test_loss=common.test_loss(loss, ema, test), loss=mean,
+                              seconds=seconds, images=len(losses) * args.batch_size)
+    return ema
+
+
 def train(args) -> dict[str, nn.Module]:
     """Trains the flow, makes pairs, trains the reflow on them; returns moving averages."""
-    images, _ = common.load_images(args)
+    data, test, classes = common.load_images(args)  # images and labels
+    network = {"width": args.width}
+    state = common.open_run(args, network=network, classes=classes)
     torch.manual_seed(args.seed)
-    models, folder = make_models(args), args.out_dir / "pairs"
-    stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, images)
-    if stage.done < args.epochs:  # the flow will change: its pairs and reflow are no use
-        shutil.rmtree(folder, ignore_errors=True)
-        args.state["networks"].pop("reflow", None)
-    for (x1,) in stage:
-        x0 = torch.randn_like(x1)
+    models = make_models(**network, device=args.device)
+    noise = common.noise(args, 16, 1, 28, 28)[:10]
+
+    def loss(model, x1: Tensor, labels: Tensor) -> Tensor:  # labels are for 03
         t = T_DENSITIES[args.flow_t](torch.rand(len(x1), device=x1.device))
-        stage.step(flow_loss(stage.model, x0, x1, t))
-    flow = stage.ema
-    pairs = load_pairs(args, common.as_function(flow, args), folder)
-    reflow = models["reflow"]
-    reflow.load_state_dict(flow.state_dict())  # with --resume, Stage loads its own instead
-    stage = common.Stage(args, "reflow", reflow, args.reflow_epochs, args.reflow_lr, *pairs)
-    for x0, x1 in stage:
+        return flow_loss(model, torch.randn_like(x1), x1, t)
+
+    def reflow_loss(model, x0: Tensor, x1: Tensor) -> Tensor:
         t = T_DENSITIES[args.reflow_t](torch.rand(len(x1), device=x1.device))
-        stage.step(flow_loss(stage.model, x0.float(), x1.float(), t, error=F.l1_loss))
-    return {"flow": flow, "reflow": stage.ema}
+        return flow_loss(model, x0.float(), x1.float(), t, error=F.l1_loss)
 
-
-def load_pairs(args, net, folder: Path) -> tuple[Tensor, Tensor]:
-    """All pairs, in half precision; each thousand is kept in a file, for --resume."""
-    folder.mkdir(exist_ok=True)
-    pairs = []
-    for start in tqdm(range(0, args.pairs, 1000), "pairs, in thousands"):
-        end = min(start + 1000, args.pairs)
-        path = folder / f"{start}_to_{end}_by_{args.pair_steps}_AB2_{args.seed}.pt"
-        if not path.exists():
-            rng = torch.Generator().manual_seed(args.seed + 1000 + start)  # not the figures' noise
-            x0, x1 = make_pairs(net, end - start, args.pair_steps, rng, args.device)
-            common.save(path, {"x0": x0.half().cpu(), "x1": x1.half().cpu()})
-        with common.one_line_error(f"{path} is broken: delete it, and --resume"):
-            pairs.append(torch.load(path, map_location=args.device, weights_only=True))
-    return tuple(torch.cat([pair[side] for pair in pairs]) for side in ("x0", "x1"))
+    flow = fit(args, state, "flow", models["flow"], loss, data, test, args.epochs, args.lr,
+               draw=lambda model: adams_sample(model, noise, 5))
+    net = common.recorded(flow, args)
+    pairs, test = common.kept_pairs(args, flow, lambda n, rng: make_pairs(
+        net, n, args.pair_steps, rng, args.device))
+    models["reflow"].load_state_dict(flow.state_dict())  # with --resume, fit() has its own
+    reflow = fit(args, state, "reflow", models["reflow"], reflow_loss, pairs, test,
+                 args.reflow_epochs, args.reflow_lr,
+                 draw=lambda model: euler_sample(model, noise, 1))
+    return {"flow": flow, "reflow": reflow}
 
 
 def make_figures(args, flow: nn.Module, reflow: nn.Module) -> None:
     """16 images from the same noise by every sampler: pictures, timings, sets for 05."""
-    nets = {"rectified flow": common.as_function(flow, args),
-            "reflow": common.as_function(reflow, args)}
-    rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
-    noise = torch.randn(16, 1, 28, 28, generator=rng).to(args.device)
+    nets = {"rectified flow": flow, "reflow": reflow}
+    nets = {method: common.recorded(net, args) for method, net in nets.items()}
+    noise = common.noise(args, 16, 1, 28, 28)
     draw_path(args, nets, noise)
 
     samplers = []
@@ -267,14 +294,14 @@ def make_figures(args, flow: nn.Module, reflow: nn.Module) -> None:
             ("rectified flow", "AB2", adams_sample, args.ab2_steps),
             ("reflow", "Euler", euler_sample, args.steps)):
         for n in sorted({*counts}):
-            name = f"{method}, {sampler}, {n} step{'s' * (n > 1)}"
-            made = {"name": name, "method": method, "sampler": sampler, "steps": n}
-            def sample(x, rng, net=nets[method], solve=solve, n=n):
+            made = {"name": f"{method}, {sampler}, {n} step{'s' * (n > 1)}", "method": method,
+                    "sampler": sampler, "steps": n, "network_calls": n}
+            def draw(x, rng, net=nets[method], solve=solve, n=n):
                 return solve(net, x, n)
-            samplers.append((made, sample))
+            samplers.append((made, draw))
     straight = {name: straightness(net, noise, 100) for name, net in nets.items()}
     title = "Columns share their noise"
-    common.measure(args, samplers, noise, title, straightness=straight)
+    common.draw_and_time(args, samplers, noise, title, straightness=straight)
 
 
 def draw_path(args, nets: dict, x0: Tensor) -> None:
@@ -287,7 +314,7 @@ def draw_path(args, nets: dict, x0: Tensor) -> None:
     # for two digits, and each network: a row of x_t, and one of x̂_1
     images = [state[k][i] for i in range(2) for path in paths
               for k in (0, 1) for state in path[::3]]
-    title = "On the path: x_t, and below it the image that the network draws, x̂₁"
+    title = "On the path: x_t, and below it x̂₁, the guess of the image"
     rows = [f"{name}: {what}" for name in nets for what in ("x_t", "x̂₁")] * 2
     below = [f"t={i / 10:.1f}" for i in range(11)]
     file = args.out_dir / "samples_path.png"
@@ -298,14 +325,10 @@ def draw_path(args, nets: dict, x0: Tensor) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with common.stopped(args):
-        if args.sample_only:
-            models = common.load_networks(args.state, make_models(args))
-        else:
-            models = train(args)
-        make_figures(args, **models)
+    networks = common.trained(args, make_models) if args.sample_only else train(args)
+    make_figures(args, **networks)
     print(f"the results are in {args.out_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

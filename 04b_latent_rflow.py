@@ -1,11 +1,11 @@
 """Rectified flow in the latent of a VAE: few steps, and each of them cheap.
 
+CAREFUL: as in 04, x_0 is the NOISE, and x_1 the data, here a latent. 02 calls the latent x_0.
+
 02 made each step cheap: 64 numbers instead of 784 pixels. 04 needs only a few steps. Here we
 do both: the flow of 04 on the latents of 02, with its trained VAE. On an NVIDIA H200, ten
 Euler steps draw 3.8 times as many digits a second as in pixels. Their Fréchet distance (05;
 lower is better) is 0.424 after 40 epochs, but 0.753 after 12. In pixels it is 0.598 after 10.
-
-CAREFUL: as in 04, x_0 is the NOISE, and x_1 the data, here a latent. 02 calls the latent x_0.
 02 explains the VAE and its latents; 04 explains the loss, Euler, AB2, reflow and S.
 
     paper           code                      shape
@@ -14,56 +14,59 @@ CAREFUL: as in 04, x_0 is the NOISE, and x_1 the data, here a latent. 02 calls t
     t               t                         (B,) from 0, noise, to 1, data: the reverse of 02
     v_θ(x_t, t)     v = model(x_t, t)         (B, 1, 8, 8)
 
-vs 04: the network predicts v itself. Exact black is hard for v, but the decoder draws it.
+vs 04: the network predicts v itself. Exact black is hard for v, but the decoder draws it. Its
+c3 is 2 width, as in 02: at 2x2 there is little to see. It learns as 01 does.
 
-    python 04b_latent_rflow.py              for a GPU; about 5 hours on a core of an AMD EPYC
+    python 04b_latent_rflow.py                  for a GPU; about 5 hours on a core of an AMD EPYC
+    python 04b_latent_rflow.py --sample-only    no training: the shipped weights
 
-Flow: 12 epochs, then --resume to 28 and to 40. Fréchet distances of 5,000 samples (real
-digits: 0.058), and straightness S (04) of 16 paths in 100 Euler steps:
+Flow: 12 epochs, then --resume to 28 and to 40. Fréchet distances of 5,000 samples (real digits
+have 0.058), and S of 16 paths in 100 Euler steps (larger than in 04: the paths bend more):
     steps         1      2      5      10     100    S
     flow, Euler   39.0   1.57   0.594  0.424  0.301  0.40
     flow, AB2                   0.362  0.264
     reflow, Euler 0.523  0.418  0.325  0.290  0.256  0.0043
-One step after the reflow beats five Euler steps before it. S is larger than in 04: the
-paths bend more here. (AB2's ten steps even beat Euler's 100; we do not know why.)
+One step after the reflow beats five Euler steps before it. (AB2's ten steps even beat Euler's
+100; we do not know why.)
 """
 
+import copy
 import math
-import shutil
-import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import common
-from common import Attention, ResBlock, number
-
-VAE_FILE = Path(__file__).parent / "weights" / "02_latent_diffusion.pt"  # it knows only digits
+from common import COUNT, RATE, Attention, ResBlock
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "Latent flow.", epochs=40, batch_size=128, lr=2e-3)
-    add, count = parser.add_argument, number(int, 1)
+    parser = common.make_parser(__file__, "Latent flow.", epochs=40, lr=2e-3)
+    add, euler = parser.add_argument, [1, 2, 5, 10, 100]
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
-    add("--vae", type=Path, metavar="FILE", default=VAE_FILE, help="weights of 02, for a new run")
-    add("--steps", type=count, nargs="+", default=[1, 2, 5, 10, 100], help="numbers of Euler steps")
-    add("--ab2-steps", type=count, nargs="+", default=[5, 10], help="numbers of AB2 steps (flow)")
+    add("--vae", type=Path, metavar="FILE", help="weights of 02; None: those that are shipped")
+    add("--steps", **COUNT, nargs="+", default=euler, help="numbers of Euler steps")
+    add("--ab2-steps", **COUNT, nargs="+", default=[5, 10], help="numbers of AB2 steps (flow)")
     add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="density of t in the flow")
     add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="density of t in the reflow")
-    add("--pairs", type=count, default=240_000, help="pairs of noise and latent to make")
-    add("--pair-steps", type=count, default=10, help="steps of AB2 to make a pair")
-    add("--reflow-epochs", type=count, default=5, help="passes over all the pairs")
-    add("--reflow-lr", type=number(float, 1e-9), default=1e-3, help="peak rate of the reflow")
-    tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
-            "width": 8, "steps": [1, 2, 5], "ab2_steps": [4], "eval_samples": 20, "pairs": 256,
-            "pair_steps": 3, "reflow_epochs": 4}
-    args = common.parse(parser, argv, tiny)
-    if args.vae == VAE_FILE and args.dataset not in ("mnist", "synthetic"):
-        args.vae = args.out_dir.parent / "02_latent_diffusion" / "checkpoint.pt"
+    add("--pairs", **COUNT, default=120_000, help="pairs of noise and data to make")
+    add("--pair-steps", **COUNT, default=10, help="steps of AB2 to make a pair")
+    add("--reflow-epochs", **COUNT, default=5, help="passes over all the pairs")
+    add("--reflow-lr", **RATE, default=1e-3, help="peak rate of the reflow")
+    tiny = {"dataset": "synthetic", "train_images": 128, "epochs": 8, "batch_size": 16,
+            "width": 8, "steps": [1, 2, 5], "ab2_steps": [4], "eval_samples": 20,
+            "pairs": 256, "pair_steps": 3, "reflow_epochs": 4}
+    args = common.parse(parser, argv, tiny, sampling=["steps", "ab2_steps"])
+    if not args.vae:  # the shipped one has seen nothing but digits
+        own = args.out_dir.parent / "02_latent_diffusion" / "checkpoint.pt"
+        shipped = common.WEIGHTS / "02_latent_diffusion.pt"
+        args.vae = shipped if args.dataset in ("mnist", "synthetic") else own
     if args.batch_size > args.pairs:
         parser.error(f"--batch-size {args.batch_size}: more than --pairs {args.pairs}")
     return args
@@ -88,24 +91,19 @@ def conv_block(conv: nn.Module) -> nn.Module:
 
 class VAE(nn.Module):
     """Images (B, 1, 28, 28) in [-1, 1] -> latents (B, 64) -> images. Kingma & Welling 2014.
-
-    `mean` and `std` (64,) are those of z over all training images, set after the training.
-    """
-
+    `mean` and `std` (64,), of z over all training images, are set after the training."""
     def __init__(self):
         super().__init__()
         self.encoder = nn.Sequential(  # channels in and out, kernel, stride, padding
             conv_block(nn.Conv2d(1, 16, 3, 2, 1)),  # (B, 16, 14, 14)
             conv_block(nn.Conv2d(16, 32, 3, 2, 1)),  # (B, 32, 7, 7)
-            conv_block(nn.Conv2d(32, 64, 7)),  # (B, 64, 1, 1)
-        )
+            conv_block(nn.Conv2d(32, 64, 7)))  # (B, 64, 1, 1)
         self.fc_mu, self.fc_logvar = nn.Linear(64, 64), nn.Linear(64, 64)
         self.fc_decode = nn.Linear(64, 64)
         self.decoder = nn.Sequential(  # ..., padding, output padding
             conv_block(nn.ConvTranspose2d(64, 32, 7)),  # (B, 32, 7, 7)
             conv_block(nn.ConvTranspose2d(32, 16, 3, 2, 1, 1)),  # (B, 16, 14, 14)
-            nn.ConvTranspose2d(16, 1, 3, 2, 1, 1),  # (B, 1, 28, 28)
-        )
+            nn.ConvTranspose2d(16, 1, 3, 2, 1, 1))  # (B, 1, 28, 28)
         self.register_buffer("mean", torch.zeros(64))
         self.register_buffer("std", torch.ones(64))
 
@@ -142,14 +140,12 @@ def encode_all(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
 
 class UNet(nn.Module):
     """x_t (B, 1, H, W), H and W multiples of 4, t (B,) from 0 to t_max -> v (B, 1, H, W)."""
-
     def __init__(self, width: int, t_max: float):
         super().__init__()
         c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width
         self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
-        self.time = nn.Sequential(
-            nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time), nn.SiLU()
-        )
+        self.time = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
+                                  nn.Linear(c_time, c_time), nn.SiLU())
         self.conv_in = nn.Conv2d(1, c1, 3, padding=1)
         self.down0 = ResBlock(c1, c1, c_time)
         self.down0_to_1 = nn.Conv2d(c1, c1, 3, stride=2, padding=1)
@@ -181,17 +177,18 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 1, H, W)
 
 
-def make_models(args) -> dict[str, nn.Module]:
-    nets = {name: UNet(args.width, t_max=1).to(args.device, memory_format=torch.channels_last)
+def make_models(width: int, device: str = "cpu") -> dict[str, nn.Module]:
+    nets = {name: UNet(width, t_max=1).to(device, memory_format=torch.channels_last)
             for name in ("flow", "reflow")}
-    return nets | {"vae": VAE().to(args.device)}
+    return nets | {"vae": VAE().to(device)}
 
 
 def flow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, error=F.mse_loss) -> Tensor:
     """The error of v on the line from x0 to x1: Liu et al. 2022, Eq. 1.
 
-    x0 (noise) and x1 (data): (B, 1, H, W); t: (B,) in [0, 1]. The squared error makes v the mean
-    where lines cross. Those of a reflow hardly cross; there F.l1_loss is as good (in 04 better).
+    x0 (noise) and x1 (data): (B, 1, H, W); t: (B,) in [0, 1].
+    The squared error makes v the mean where lines cross.
+    Those of a reflow hardly cross; there F.l1_loss gave better images.
     """
     t_ = t.view(-1, 1, 1, 1)  # one for each image
     x_t = (1 - t_) * x0 + t_ * x1
@@ -204,7 +201,7 @@ def even_times(steps: int) -> list[float]:
 
 @torch.no_grad()
 def euler_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
-    """Euler's method from noise x0 (B, ...) to a latent; `trace(t, x_t, v)` sees every step."""
+    """Euler's method from noise x0 (B, ...) to x_1; `trace(t, x_t, v)` sees every step."""
     x = x0
     for t, t_next in tqdm(list(pairwise(even_times(steps))), "Euler", leave=False, delay=2):
         v = model(x, torch.full((len(x),), t, device=x.device))
@@ -245,68 +242,102 @@ def make_pairs(model, n: int, steps: int, rng, device="cpu") -> tuple[Tensor, Te
     return x0, torch.cat([adams_sample(model, part, steps) for part in parts])
 
 
+def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
+    """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
+    data, test: lists of tensors, a row an image; draw(network) -> ten images to look at."""
+    ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
+    large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
+    small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
+    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # which CUDA graphs read anew
+    muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
+    adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
+    learned = [ema, model, muon, adamw]
+    done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
+    batches = len(data[0]) // args.batch_size  # in an epoch, without a smaller last one
+    total = epochs * batches
+    average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
+    averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
+                         for net in (ema, model))
+
+    def step(*batch: Tensor) -> Tensor:
+        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
+        value = loss(model, *batch)
+        model.zero_grad()
+        value.backward()
+        muon.step()
+        adamw.step()
+        average(averages, weights, None)
+        return value.detach()
+
+    step = common.recorded(step, args, one_shape=True)
+    with tqdm(total=total, initial=done * batches, desc=name, mininterval=1) as bar:
+        for epoch in range(done, epochs):
+            torch.manual_seed(epoch + 1000 * args.seed)  # so a resumed run is the same
+            order = torch.randperm(len(data[0]), device=args.device).split(args.batch_size)
+            losses, start = [], time.perf_counter()
+            for chosen in order[:batches]:
+                i = epoch * batches + len(losses)
+                rate = lr * min((i + 1) / min(200, total / 10), 1) * (1 - i / total)
+                muon_lr.fill_(10 * rate)  # up for 200 steps, then down to 0
+                adamw_lr.fill_(rate)
+                losses.append(step(*[part[chosen] for part in data]))
+                if bar.update():  # true once a second, for reading a loss makes a GPU wait
+                    bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
+            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
+            common.keep_epoch(args, state, name, learned, draw and draw(ema), lr=rate,
+                              test_loss=common.test_loss(loss, ema, test), loss=mean,
+                              seconds=seconds, images=len(losses) * args.batch_size)
+    return ema
+
+
 def train(args) -> dict[str, nn.Module]:
     """Trains the flow, makes pairs, trains the reflow on them; returns moving averages."""
-    images, _ = common.load_images(args)
+    data, test, classes = common.load_images(args)  # images and labels
+    network = {"width": args.width}
+    state = common.open_run(args, network=network, classes=classes)
     torch.manual_seed(args.seed)
-    models, folder = make_models(args), args.out_dir / "pairs"
-    vae = load_vae(args, models["vae"])  # in eval mode, and fixed from here on
-    data = encode_all(vae, images)  # vs 04: µ and log σ² of all images, once
-    stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, *data)
-    if stage.done < args.epochs:  # the flow will change: its pairs and reflow are no use
-        shutil.rmtree(folder, ignore_errors=True)
-        args.state["networks"].pop("reflow", None)
-    for mu, logvar in stage:
+    models = make_models(**network, device=args.device)
+    noise = common.noise(args, 16, 1, 8, 8)[:10]
+    vae = load_vae(args, state, models["vae"])  # in eval mode, and fixed from here on
+    data, test = (encode_all(vae, images) for images, _ in (data, test))  # vs 04: µ and log σ²
+
+    def loss(model, mu: Tensor, logvar: Tensor) -> Tensor:
         x1 = vae.to_latent(mu, logvar)  # vs 04: x_1 is a latent, drawn anew each time
-        x0 = torch.randn_like(x1)
         t = T_DENSITIES[args.flow_t](torch.rand(len(x1), device=x1.device))
-        stage.step(flow_loss(stage.model, x0, x1, t))
-    flow = stage.ema
-    pairs = load_pairs(args, common.as_function(flow, args), folder)
-    reflow = models["reflow"]
-    reflow.load_state_dict(flow.state_dict())  # with --resume, Stage loads its own instead
-    stage = common.Stage(args, "reflow", reflow, args.reflow_epochs, args.reflow_lr, *pairs)
-    for x0, x1 in stage:
+        return flow_loss(model, torch.randn_like(x1), x1, t)
+
+    def reflow_loss(model, x0: Tensor, x1: Tensor) -> Tensor:
         t = T_DENSITIES[args.reflow_t](torch.rand(len(x1), device=x1.device))
-        stage.step(flow_loss(stage.model, x0.float(), x1.float(), t, error=F.l1_loss))
-    return {"flow": flow, "reflow": stage.ema, "vae": vae}
+        return flow_loss(model, x0.float(), x1.float(), t, error=F.l1_loss)
+
+    flow = fit(args, state, "flow", models["flow"], loss, data, test, args.epochs, args.lr,
+               draw=lambda model: vae.to_images(adams_sample(model, noise, 5)))
+    net = common.recorded(flow, args)
+    pairs, test = common.kept_pairs(args, flow, lambda n, rng: make_pairs(
+        net, n, args.pair_steps, rng, args.device))
+    models["reflow"].load_state_dict(flow.state_dict())  # with --resume, fit() has its own
+    reflow = fit(args, state, "reflow", models["reflow"], reflow_loss, pairs, test,
+                 args.reflow_epochs, args.reflow_lr,
+                 draw=lambda model: vae.to_images(euler_sample(model, noise, 1)))
+    return {"flow": flow, "reflow": reflow, "vae": vae}
 
 
-def load_vae(args, vae: VAE) -> VAE:
-    """The VAE of --vae or, with --resume, the one that our checkpoint holds."""
-    networks = args.state["networks"]
-    if "vae" not in networks:
-        of_02 = common.load_checkpoint(args.vae, "02_latent_diffusion")
-        if "diffusion" not in of_02["networks"]:  # 02 trains it after the VAE
-            sys.exit(f"{args.vae} holds an unfinished VAE: continue 02 with --resume")
-        networks["vae"] = of_02["networks"]["vae"]  # so that our checkpoint holds it, too
-        print(f"the VAE of {args.vae}, which learned {of_02['args']['dataset']}")
-    return common.load_networks({"path": args.vae} | args.state, {"vae": vae})["vae"]
-
-
-def load_pairs(args, net, folder: Path) -> tuple[Tensor, Tensor]:
-    """All pairs, in half precision; each thousand is kept in a file, for --resume."""
-    folder.mkdir(exist_ok=True)
-    pairs = []
-    for start in tqdm(range(0, args.pairs, 1000), "pairs, in thousands"):
-        end = min(start + 1000, args.pairs)
-        path = folder / f"{start}_to_{end}_by_{args.pair_steps}_AB2_{args.seed}.pt"
-        if not path.exists():
-            rng = torch.Generator().manual_seed(args.seed + 1000 + start)  # not the figures' noise
-            x0, x1 = make_pairs(net, end - start, args.pair_steps, rng, args.device)
-            common.save(path, {"x0": x0.half().cpu(), "x1": x1.half().cpu()})
-        with common.one_line_error(f"{path} is broken: delete it, and --resume"):
-            pairs.append(torch.load(path, map_location=args.device, weights_only=True))
-    return tuple(torch.cat([pair[side] for pair in pairs]) for side in ("x0", "x1"))
+def load_vae(args, state: dict, vae: VAE) -> VAE:
+    """The VAE of --vae, which our checkpoint then holds, too; with --resume, that one."""
+    if "vae" not in state["stages"]:
+        weights = common.load("02_latent_diffusion", "vae", args.vae, args.device).state_dict()
+        state["stages"]["vae"] = {"epochs": [], "frames": [], "learned": [weights]}
+        print(f"the VAE is that of {args.vae}")
+    vae.load_state_dict(state["stages"]["vae"]["learned"][0])
+    return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def make_figures(args, flow: nn.Module, reflow: nn.Module, vae: VAE) -> None:
     """16 images from the same noise by every sampler: pictures, timings, sets for 05."""
-    nets = {"latent flow": common.as_function(flow, args),
-            "latent reflow": common.as_function(reflow, args)}
-    rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
-    noise = torch.randn(16, 1, 8, 8, generator=rng).to(args.device)
+    nets = {"latent flow": flow, "latent reflow": reflow}
+    nets = {method: common.recorded(net, args) for method, net in nets.items()}
+    noise = common.noise(args, 16, 1, 8, 8)
     draw_path(args, vae, nets, noise)
 
     samplers = []
@@ -315,13 +346,14 @@ def make_figures(args, flow: nn.Module, reflow: nn.Module, vae: VAE) -> None:
             ("latent flow", "AB2", adams_sample, args.ab2_steps),
             ("latent reflow", "Euler", euler_sample, args.steps)):
         for n in sorted({*counts}):
-            name = f"{method}, {sampler}, {n} step{'s' * (n > 1)}"
-            made = {"name": name, "method": method, "sampler": sampler, "steps": n}
-            def sample(x, rng, net=nets[method], solve=solve, n=n):
+            made = {"name": f"{method}, {sampler}, {n} step{'s' * (n > 1)}", "method": method,
+                    "sampler": sampler, "steps": n, "network_calls": n}
+            def draw(x, rng, net=nets[method], solve=solve, n=n):
                 return vae.to_images(solve(net, x, n))  # vs 04: decoded
-            samplers.append((made, sample))
+            samplers.append((made, draw))
     straight = {name: straightness(net, noise, 100) for name, net in nets.items()}
-    common.measure(args, samplers, noise, "Columns share their noise", straightness=straight)
+    title = "Columns share their noise"
+    common.draw_and_time(args, samplers, noise, title, straightness=straight)
 
 
 def draw_path(args, vae: VAE, nets: dict, x0: Tensor) -> None:
@@ -337,14 +369,10 @@ def draw_path(args, vae: VAE, nets: dict, x0: Tensor) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with common.stopped(args):
-        if args.sample_only:
-            models = common.load_networks(args.state, make_models(args))
-        else:
-            models = train(args)
-        make_figures(args, **models)
+    networks = common.trained(args, make_models) if args.sample_only else train(args)
+    make_figures(args, **networks)
     print(f"the results are in {args.out_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

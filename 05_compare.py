@@ -1,47 +1,41 @@
 """How good and how fast are the samples? A classifier scores them, and nine claims are tested.
 
-A picture shows that digits look like digits, but not whether all kinds are there, or what
-ten steps lose compared with a hundred. So a small classifier turns each image into 64
-numbers, its features. We compare the cloud of a sampler's images with that of the test
-digits: by the distance between Gaussians fitted to both; by the share of samples inside the
-cloud of digits (precision: are they digits?); by the share of digits inside the cloud of
-samples (recall: are all there?). Training digits, which the classifier has learned, serve as
-a yardstick: a perfect sampler would score about as they do.
+A picture shows that digits look like digits, but not whether all kinds are there. So a
+small classifier turns each image into 64 numbers, its features. We compare the cloud of a
+sampler's images with that of the test digits: by the distance between Gaussians fitted to
+both, by the share of samples inside the cloud of digits (precision: are they digits?), and
+of digits inside that of samples (recall: are all there?). The yardstick: training digits.
 
     FD        = |µ_r - µ_g|² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)     Heusel et al. 2017, Eq. 6
     precision = share of φ_g with |φ_g - φ_r| ≤ R(φ_r) for some φ_r    Kynkäänniemi et al. 2019
     recall    = share of φ_r with |φ_r - φ_g| ≤ R(φ_g) for some φ_g
     R(φ) is the distance from φ to its third-nearest neighbour in its own set
+    φ_r, φ_g: features of the test digits (10,000, 64), samples (N, 64); µ, Σ: mean, covariance
 
-    paper           code                               shape
-    φ_r, φ_g        real, fake: features(judge, x)[0]  (10,000, 64), (N, 64)
-    µ, A (Σ = AᵀA)  x.mean(0), factor(x)               (64,), (64, 64)
-
-FD, the Fréchet distance, is really a squared distance, and a small set makes it too large. So
-each size N has its own table, with the FD of N training digits: the floor. Claims on quality
-compare distances minus the floor, and stay open within two standard errors of their limit. The
-error comes from leaving out each twentieth of a set in turn (a jackknife): it says how far other
-samples might score, but not how far a network trained anew. The other scripts make the sets,
-runs/*/eval_*.pt, with --eval-samples.
+FD, the Fréchet distance, is really a squared distance, and a small set makes it too large.
+So each size N has its own table, with the FD of N training digits: the floor. Claims on
+quality compare distances minus the floor, and stay open within two standard errors of their
+limit, by leaving out each twentieth of a set in turn. (Sets: --eval-samples of the others.)
 
     python 05_compare.py                       score what is in runs/: table, plots, verdicts
-    python 05_compare.py --eval-samples 1000   the first 1,000 images of each set
     python 05_compare.py FILE.pt FOLDER        score these: a .pt, or a folder of 28x28 PNGs
     python 05_compare.py --train-judge         train the classifier again, on --dataset
 
-The classifier reads 99.66% of the test digits correctly. A high recall alone proves little:
-scattered samples have a large R. Faint pixels (1 to 15 of 255) are noise in the black or soft
-edges; "FD without them" turns them black in the samples, not in the test digits.
+The classifier reads 99.66% of the test digits. A high recall alone proves little: scattered
+samples have a large R. Faint pixels have 1 to 15 of 255.
 """
 
+import copy
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -49,16 +43,16 @@ import common
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "Score samples.", epochs=5, batch_size=128, lr=3e-3)
+    parser = common.make_parser(__file__, "Score samples.", epochs=5, lr=3e-3)
     add = parser.add_argument
     add("files", nargs="*", type=Path, metavar="FILE", help="a .pt, or a folder of PNGs")
     add("--train-judge", action="store_true", help="train the classifier of --dataset")
     add("--runs", type=Path, help="folder of all results; None: that of --out-dir")
     tiny = {"dataset": "synthetic", "train_images": 512, "epochs": 2, "batch_size": 32}
-    first = parser.parse_args(argv)  # a first look, for the default of --sample-only
-    training = first.train_judge or first.resume or first.fast_dev
-    parser.set_defaults(eval_samples=10_000, sample_only=not training)
-    args = common.parse(parser, argv, tiny)
+    first = parser.parse_args(argv or [])
+    parser.set_defaults(eval_samples=10_000, sample_only=not (
+        first.train_judge or first.resume or first.fast_dev))
+    args = common.parse(parser, argv, tiny, sampling=["files", "train_judge", "runs"])
     args.runs = args.runs or args.out_dir.parent
     if args.eval_samples < 5 or args.batch_size < 2:
         parser.error("--eval-samples must be at least 5, --batch-size at least 2")
@@ -77,16 +71,15 @@ class Judge(nn.Module):
             *conv(1, 32), *conv(32, 32), nn.MaxPool2d(2),  # (B, 32, 14, 14)
             *conv(32, 64), *conv(64, 64), nn.MaxPool2d(2),  # (B, 64, 7, 7)
             *conv(64, 128), nn.MaxPool2d(2), nn.Flatten(),  # (B, 128 * 3 * 3)
-            nn.Linear(1152, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(),
-        )
+            nn.Linear(1152, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU())
         self.classify = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x))
 
 
-def make_models(args) -> dict[str, nn.Module]:
-    return {"judge": Judge(len(args.classes)).to(args.device)}
+def make_models(classes: int, device: str = "cpu") -> dict[str, nn.Module]:
+    return {"judge": Judge(classes).to(device)}
 
 
 @torch.no_grad()
@@ -104,10 +97,8 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     QR decompositions give factors with Σ = AᵀA. The singular values of A_r A_gᵀ are the square
     roots of the eigenvalues of Σ_r Σ_g, so they add up to tr (Σ_r Σ_g)^½, without a matrix root.
     """
-    def factor(x: Tensor) -> Tensor:
-        return torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R
-
-    a_r, a_g = factor(real), factor(fake)
+    a_r, a_g = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R
+                for x in (real, fake))
     shift = (real.mean(0) - fake.mean(0)).square().sum()
     cross = torch.linalg.matrix_norm(a_r @ a_g.mT, "nuc")  # the sum of the singular values
     return (shift + a_r.square().sum() + a_g.square().sum() - 2 * cross).item()
@@ -146,25 +137,74 @@ def score(judge: Judge, real: Tensor, samples: dict) -> dict:
     return row
 
 
+def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
+    """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
+    data, test: lists of tensors, a row an image; draw(network) -> ten images to look at."""
+    ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
+    large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
+    small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
+    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # which CUDA graphs read anew
+    muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
+    adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
+    learned = [ema, model, muon, adamw]
+    done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
+    batches = len(data[0]) // args.batch_size  # in an epoch, without a smaller last one
+    total = epochs * batches
+    average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
+    averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
+                         for net in (ema, model))
+
+    def step(*batch: Tensor) -> Tensor:
+        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
+        value = loss(model, *batch)
+        model.zero_grad()
+        value.backward()
+        muon.step()
+        adamw.step()
+        average(averages, weights, None)
+        return value.detach()
+
+    step = common.recorded(step, args, one_shape=True)
+    with tqdm(total=total, initial=done * batches, desc=name, mininterval=1) as bar:
+        for epoch in range(done, epochs):
+            torch.manual_seed(epoch + 1000 * args.seed)  # so a resumed run is the same
+            order = torch.randperm(len(data[0]), device=args.device).split(args.batch_size)
+            losses, start = [], time.perf_counter()
+            for chosen in order[:batches]:
+                i = epoch * batches + len(losses)
+                rate = lr * min((i + 1) / min(200, total / 10), 1) * (1 - i / total)
+                muon_lr.fill_(10 * rate)  # up for 200 steps, then down to 0
+                adamw_lr.fill_(rate)
+                losses.append(step(*[part[chosen] for part in data]))
+                if bar.update():  # true once a second, for reading a loss makes a GPU wait
+                    bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
+            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
+            common.keep_epoch(args, state, name, learned, draw and draw(ema), lr=rate,
+                              test_loss=common.test_loss(loss, ema, test), loss=mean,
+                              seconds=seconds, images=len(losses) * args.batch_size)
+    return ema
+
+
 def train(args) -> dict[str, nn.Module]:
-    """Train the classifier; each batch is shifted, cyclically, by up to two pixels."""
-    images, labels = common.load_images(args)
-    if len(args.classes) < 2:
+    """Trains the classifier; each batch is shifted, cyclically, by up to two pixels."""
+    data, test, classes = common.load_images(args)
+    if len(classes) < 2:
         sys.exit(f"{args.dataset} has one class: there is nothing to tell apart")
+    state = common.open_run(args, network={"classes": len(classes)}, classes=classes)
     torch.manual_seed(args.seed)
-    model, pixels = make_models(args)["judge"], torch.arange(28, device=args.device)
-    stage = common.Stage(args, "judge", model, args.epochs, args.lr, images, labels)
-    for x, y in stage:
-        rows, columns = (pixels + torch.randint(-2, 3, (2, 1), device=args.device)) % 28
-        x = x[:, :, rows[:, None], columns]
-        stage.step(F.cross_entropy(stage.model(x), y, label_smoothing=0.05))
-    return {"judge": stage.ema}
+    model = make_models(len(classes), args.device)["judge"]
+    pixels = torch.arange(28, device=args.device)
+
+    def loss(model, x: Tensor, y: Tensor) -> Tensor:
+        rows, columns = (pixels + torch.randint(-2, 3, (2, 1), device=x.device)) % 28
+        return F.cross_entropy(model(x[:, :, rows[:, None], columns]), y, label_smoothing=0.05)
+
+    return {"judge": fit(args, state, "judge", model, loss, data, test, args.epochs, args.lr)}
 
 
 def load_set(path: Path, limit: int) -> dict:
     """The first `limit` samples of an evaluation set, or of a folder of 28x28 PNGs."""
-    form = "a .pt of a dict with images, uint8 (N, 1, 28, 28), N >= 5, or a folder of PNGs"
-    with common.one_line_error(f"{path} is no evaluation set ({form})"):
+    with common.one_line_error(f"{path} is no set: a .pt of 5 images or more, or a folder of PNGs"):
         if path.is_dir():
             files = [Image.open(file).convert("L") for file in sorted(path.glob("*.png"))]
             samples = {"images": torch.stack([pil_to_tensor(file) for file in files])}
@@ -183,16 +223,12 @@ def load_set(path: Path, limit: int) -> dict:
 
 def add_notes(rows: list[dict]) -> None:
     """Why a row has no verdict: not from the usual machine, or a second of its kind."""
-    usual = statistics.mode([row.get("hardware") for row in rows] or [""])
-    seen = set()
-    for row in rows:
-        row["note"], kind = "", tuple(row.get(key) for key in ("N", *FIND_BY))
-        if row.get("hardware") != usual:
-            row["note"] = f"on {row.get('hardware', 'an unknown machine')}"
-        elif kind in seen:
-            row["note"] = "a second set"
-        else:
-            seen.add(kind)
+    machines, seen = [row.get("hardware", "an unknown machine") for row in rows], []
+    for row, machine in zip(rows, machines):
+        kind = [row.get(key) for key in ("N", *FIND_BY)]
+        note = "a second set" if kind in seen else ""
+        row["note"] = note if machine == statistics.mode(machines) else f"on {machine}"
+        seen += [] if row["note"] else [kind]
 
 
 FIND_BY = ("method", "sampler", "steps", "guidance")  # what a claim names
@@ -234,8 +270,8 @@ CLAIMS = [  # 1 to 5 are a homework report's (RESULTS.md), 6 is ours
 
 def find(rows: list[dict], wanted: tuple) -> dict | None:
     """The first row of a method, sampler, number of steps and, if it is given, guidance."""
-    fits = (row for row in rows if all(row.get(key) == x for key, x in zip(FIND_BY, wanted)))
-    return next(fits, None)
+    return next((row for row in rows
+                 if all(row.get(key) == x for key, x in zip(FIND_BY, wanted))), None)
 
 
 def judge_rule(a: dict, b: dict, key: str, sign: str, times: float) -> str:
@@ -250,10 +286,9 @@ def judge_rule(a: dict, b: dict, key: str, sign: str, times: float) -> str:
 def judge_claim(rows: list[dict], claim: str, one: tuple, two: tuple, rules: list) -> list[str]:
     """Claim, rule, verdict and figures, from rows of equal N."""
     limits = " and ".join(f"{HEADINGS[key]} {sign} {x:g} times" for key, sign, x in rules)
-    one_name, two_name = (" ".join(map(str, wanted)) for wanted in (one, two))
-    rule = f"{one_name}: {limits} that of {two_name}"
-    a, b = find(rows, one), find(rows, two)
-    lacking = [name for name, row in ((one_name, a), (two_name, b)) if not row]
+    names, (a, b) = [" ".join(map(str, x)) for x in (one, two)], [find(rows, x) for x in (one, two)]
+    rule = f"{names[0]}: {limits} that of {names[1]}"
+    lacking = [name for name, row in zip(names, (a, b)) if not row]
     lacking = lacking or [HEADINGS[k] for k, _, _ in rules if None in (a.get(k), b.get(k))]
     if lacking:  # no such set, or it has no times or labels
         return [claim, rule, "not measured", f"no {lacking[0]} to compare; see --eval-samples"]
@@ -283,11 +318,11 @@ def draw(args, n: int, rows: list[dict], floor: dict) -> None:
         lines, timed = {}, [row for row in rows if row.get(x) is not None]
         for row in timed:
             scale = "" if row.get("guidance") is None else f", s = {row['guidance']:g}"
-            line = lines.setdefault(f"{row['method']}, {row['sampler']}{scale}", [])
-            line.append((row[x], row["distance"]))
+            name = f"{row['method']}, {row['sampler']}{scale}"
+            lines.setdefault(name, []).append((row[x], row["distance"]))
         if timed:
-            ends = min(row[x] for row in timed), max(row[x] for row in timed)
-            lines["the floor: training images"] = [(end, floor["distance"]) for end in ends]
+            ends = [(end(row[x] for row in timed), floor["distance"]) for end in (min, max)]
+            lines["the floor: training images"] = ends
             common.save_plot(args.out_dir / f"quality_{x}_{n}.png", lines, xlabel=xlabel,
                              xscale="log", yscale="log", ylabel="Fréchet distance",
                              title=f"Distance to the test images (lower is better), N = {n:,}")
@@ -307,11 +342,10 @@ def make_figures(args, judge: Judge) -> None:
     sets = {str(path): load_set(path, args.eval_samples) for path in paths}
     if wrong := [path for path, made in sets.items() if made["dataset"] not in ("", args.dataset)]:
         sys.exit(f"the classifier of {args.dataset} cannot judge these: {', '.join(wrong)}")
-    test_images, test_labels = common.load_images(args, train=False)
+    (images, labels), (test_images, test_labels), _ = common.load_images(args)
     real, digits = features(judge, common.to_uint8(test_images))
-    share = (digits == test_labels.cpu()).double().mean()
-    text = f"The classifier of {args.dataset} reads {share:.2%} of {len(real):,} test images.\n"
-    images, labels = common.load_images(args)
+    right = (digits == test_labels.cpu()).double().mean()
+    text = f"The classifier of {args.dataset} reads {right:.2%} of {len(real):,} test images.\n"
     rows = [score(judge, real, made | ({"method": path} if args.files else {}))
             for path, made in tqdm(sets.items(), "sets")]
     add_notes(rows)
@@ -331,20 +365,16 @@ def make_figures(args, judge: Judge) -> None:
             draw(args, n, chosen, floor)
             verdicts = [judge_claim(chosen, *claim) for claim in CLAIMS]
             text += "\n" + table(["claim", "rule", "verdict", "figures"], verdicts)
+    print(text)
     if not args.files:
         (args.out_dir / "comparison.md").write_text(text)
-    print(text)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with common.stopped(args):
-        if args.sample_only:
-            models = common.load_networks(args.state, make_models(args))
-        else:
-            models = train(args)
-        make_figures(args, **models)
+    networks = common.trained(args, make_models) if args.sample_only else train(args)
+    make_figures(args, **networks)
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -21,78 +21,74 @@ there and the change of u, and the network itself can estimate that change.
     u_θ(z_t, r, t)  model(x_t, t, r)          (B, 1, 28, 28), minus theirs, as is v
     du/dt           du_dt                     (B, 1, 28, 28), along the path
 
-Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate both sides by t
-along the path. As t is the lower end of the integral, -u + (r-t) du/dt = -v.
+Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate both sides by t along
+the path. As t is the lower end of the integral, -u + (r-t) du/dt = -v.
 
-v is the mean of x_1 - x_0 at x_t, so that may replace v in a squared error. Geng et al. 2025
-use it in du/dt, too, but there ∂u/∂x multiplies its noise. So in du/dt we take the network's
-own v, u_θ(x_t, t, t), as they do later (arXiv 2512.02012). After three epochs, one step
-scored 2.90, not 4.94 (Fréchet distance: lower is better), but ten steps 0.710, not 0.477.
+A squared error is least at the mean, and the mean of x_1 - x_0 at x_t is v, so the loss has
+x_1 - x_0 for v. In du/dt we take the network's own v, u_θ(x_t, t, t) (arXiv 2512.02012): there
+x_1 - x_0 would bring noise. After three epochs one step scored 2.90 so, and 4.94 with x_1 - x_0
+(Fréchet distance: lower is better), but ten steps 0.710 and 0.477.
 
-First we train a flow, as in 04, but its output is v. (With the image as output, and x_1 - x_0
-in du/dt, one step was worse.) A copy then also takes r, as the gap r - t, which at first
-changes nothing, and learns u. For half of the images r = t: there the target is x_1 - x_0,
-as for the flow.
+First we train a flow, as in 04, whose output is v. A copy then also takes r, as the gap r - t,
+which at first changes nothing, and learns u; model(x, t) without r is no flow any longer. For
+half of the images r = t: there the target is x_1 - x_0, as for the flow. It learns as 01 does.
 
-Why log? For each image, its gradient is that of the squared error, divided by that error
-+ c: Geng's adaptive weight with p = 1. Near t = 0 the network's (r-t) du/dt is far too large,
-since its sinusoids of t are fast, and such times are rare. Without the weight, and with more
-times near 0, such points ruined a training (RESULTS.md). The price: where targets differ, u
-leans to the most frequent, away from their mean.
+Why log? The gradient of an image is that of its squared error divided by this error + c: Geng's
+weight with p = 1. Our sinusoids of t are so fast that near t = 0 the network's du/dt is far too
+large. Without the weight, such points ruined a training (RESULTS.md). The price: where targets
+differ, u leans to the most frequent, away from their mean.
 
     python 06_meanflow.py                    flow and MeanFlow, for a GPU
+    python 06_meanflow.py --sample-only      no training: the shipped weights
 
-Trained with the defaults on an NVIDIA H200, the flow (by Euler's method, measured apart) and
-MeanFlow have these Fréchet distances of 5,000 samples (real digits have 0.058):
+Trained with the defaults on an NVIDIA H200, the flow (by Euler's method) and MeanFlow have these
+Fréchet distances of 5,000 samples (real digits have 0.058), and the reflow of 04 after as long:
     steps           1      2      5      10
     flow            50.3   5.36   0.962  0.543
     MeanFlow        1.50   0.890  0.592  0.615
-MeanFlow learned for 100 seconds, as long as 04 took for pairs and reflow. That reflow, from
-04's own flow, is better: 0.739 with one step, 0.662 with two. From the very same flow, after
-25 minutes each on a core of an AMD EPYC, one step of the reflow had 1.49 with both of two
-seeds, one of MeanFlow 2.58 and 3.56.
+    reflow          0.739  0.662  0.583  0.540
 """
 
+import copy
+import time
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import common
-from common import Attention, ResBlock, number
+from common import COUNT, RATE, Attention, Between, ResBlock
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "MeanFlow.", epochs=10, batch_size=128, lr=2e-3)
-    add, count = parser.add_argument, number(int, 1)
+    parser = common.make_parser(__file__, "MeanFlow.", epochs=10, lr=2e-3)
+    add = parser.add_argument
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
-    add("--steps", type=count, nargs="+", default=[1, 2, 5, 10], help="of the sampler")
-    add("--equal", type=number(float, 0, 1), default=0.5, help="share of images with r = t")
+    add("--steps", **COUNT, nargs="+", default=[1, 2, 5, 10], help="numbers of MeanFlow steps")
+    add("--equal", type=float, choices=Between(0, 1), default=0.5, help="share with r = t")
     add("--tangent", choices=["own", "pair"], default="own", help="v in du/dt: own, or x_1 - x_0")
     add("--derivative", choices=["difference", "jvp"], default="difference", help="for du/dt")
-    add("--meanflow-epochs", type=count, default=18, help="passes for MeanFlow")
-    add("--meanflow-lr", type=number(float, 1e-9), default=1e-3, help="peak rate there")
-    tiny = {"dataset": "synthetic", "train_images": 256, "epochs": 8, "batch_size": 16,
+    add("--meanflow-epochs", **COUNT, default=18, help="passes over the images for MeanFlow")
+    add("--meanflow-lr", **RATE, default=1e-3, help="peak rate of MeanFlow")
+    tiny = {"dataset": "synthetic", "train_images": 128, "epochs": 8, "batch_size": 16,
             "width": 8, "steps": [1, 2, 5], "eval_samples": 20, "meanflow_epochs": 4}
-    return common.parse(parser, argv, tiny)
+    return common.parse(parser, argv, tiny, sampling=["steps"])
 
 
 class UNet(nn.Module):
     """vs 04: predicts u itself, and also takes r (B,), the later time; a flow leaves r out."""
-
-    def __init__(self, width: int):
+    def __init__(self, width: int, t_max: float = 1):
         super().__init__()
         c1, c2, c3, c_time = width, 2 * width, 4 * width, 4 * width
-        self.c_time = c_time
-        self.time = nn.Sequential(
-            nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time), nn.SiLU()
-        )
-        self.gap = nn.Sequential(
-            nn.Linear(c_time, c_time), nn.SiLU(), nn.Linear(c_time, c_time, bias=False)
-        )
+        self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
+        self.time = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
+                                  nn.Linear(c_time, c_time), nn.SiLU())
+        self.gap = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
+                                 nn.Linear(c_time, c_time, bias=False))
         nn.init.zeros_(self.gap[-1].weight)  # at first r adds nothing (so no bias, either)
         self.conv_in = nn.Conv2d(1, c1, 3, padding=1)
         self.down0 = ResBlock(c1, c1, c_time)
@@ -113,7 +109,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)  # a fresh network predicts a constant
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
-        emb = self.time(common.timestep_embedding(t * 1000, self.c_time))
+        emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))
         if r is not None:
             gap = common.timestep_embedding((r - t) * 100, self.c_time)  # 100: chosen, not tuned
             emb = emb + self.gap(gap)
@@ -128,9 +124,24 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))  # vs 04: u itself
 
 
-def make_models(args) -> dict[str, nn.Module]:
-    return {name: UNet(args.width).to(args.device, memory_format=torch.channels_last)
+def make_models(width: int, device: str = "cpu") -> dict[str, nn.Module]:
+    return {name: UNet(width).to(device, memory_format=torch.channels_last)
             for name in ("flow", "meanflow")}
+
+
+def flow_loss(model, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    """The error of v on the line from x0 to x1: Liu et al. 2022, Eq. 1.
+
+    x0 (noise) and x1 (data): (B, 1, H, W); t: (B,) in [0, 1].
+    The squared error makes v the mean where lines cross.
+    """
+    t_ = t.view(-1, 1, 1, 1)  # one for each image
+    x_t = (1 - t_) * x0 + t_ * x1
+    return F.mse_loss(model(x_t, t), x1 - x0)
+
+
+def even_times(steps: int) -> list[float]:
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float64).tolist()
 
 
 def draw_times(n: int, equal: int, rng=None, device="cpu") -> tuple[Tensor, Tensor]:
@@ -178,13 +189,9 @@ def meanflow_loss(
     return (error + 0.01).log().mean() if adaptive else error.mean()
 
 
-def even_times(steps: int) -> list[float]:
-    return torch.linspace(0, 1, steps + 1, dtype=torch.float64).tolist()
-
-
 @torch.no_grad()
 def meanflow_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
-    """From noise x0 (B, ...) to an image: each step goes straight to the next time by the
+    """From noise x0 (B, ...) to x_1: each step goes straight to the next time by the
     average velocity (Geng et al. 2025). `trace(t, x_t)`, if given, sees every step.
     """
     x = x0
@@ -196,45 +203,95 @@ def meanflow_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
     return x
 
 
+def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
+    """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
+    data, test: lists of tensors, a row an image; draw(network) -> ten images to look at."""
+    ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
+    large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
+    small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
+    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # which CUDA graphs read anew
+    muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
+    adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
+    learned = [ema, model, muon, adamw]
+    done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
+    batches = len(data[0]) // args.batch_size  # in an epoch, without a smaller last one
+    total = epochs * batches
+    average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
+    averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
+                         for net in (ema, model))
+
+    def step(*batch: Tensor) -> Tensor:
+        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
+        value = loss(model, *batch)
+        model.zero_grad()
+        value.backward()
+        muon.step()
+        adamw.step()
+        average(averages, weights, None)
+        return value.detach()
+
+    step = common.recorded(step, args, one_shape=True)
+    with tqdm(total=total, initial=done * batches, desc=name, mininterval=1) as bar:
+        for epoch in range(done, epochs):
+            torch.manual_seed(epoch + 1000 * args.seed)  # so a resumed run is the same
+            order = torch.randperm(len(data[0]), device=args.device).split(args.batch_size)
+            losses, start = [], time.perf_counter()
+            for chosen in order[:batches]:
+                i = epoch * batches + len(losses)
+                rate = lr * min((i + 1) / min(200, total / 10), 1) * (1 - i / total)
+                muon_lr.fill_(10 * rate)  # up for 200 steps, then down to 0
+                adamw_lr.fill_(rate)
+                losses.append(step(*[part[chosen] for part in data]))
+                if bar.update():  # true once a second, for reading a loss makes a GPU wait
+                    bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
+            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
+            common.keep_epoch(args, state, name, learned, draw and draw(ema), lr=rate,
+                              test_loss=common.test_loss(loss, ema, test), loss=mean,
+                              seconds=seconds, images=len(losses) * args.batch_size)
+    return ema
+
+
 def train(args) -> dict[str, nn.Module]:
     """Trains a flow, then, from its weights, the average velocity; returns moving averages."""
-    images, _ = common.load_images(args)
+    data, test, classes = common.load_images(args)  # images and labels
+    network = {"width": args.width}
+    state = common.open_run(args, network=network, classes=classes)
     torch.manual_seed(args.seed)
-    models = make_models(args)
-    stage = common.Stage(args, "flow", models["flow"], args.epochs, args.lr, images)
-    if stage.done < args.epochs:  # the flow will change: a MeanFlow from it is no use
-        args.state["networks"].pop("meanflow", None)
-    for (x1,) in stage:
-        x0 = torch.randn_like(x1)
-        t = torch.randn(len(x1), 1, 1, 1, device=x1.device).sigmoid()  # logit-normal, as in 04
-        x_t = (1 - t) * x0 + t * x1
-        stage.step(F.mse_loss(stage.model(x_t, t.flatten()), x1 - x0))
-    flow, model = stage.ema, models["meanflow"]
-    model.load_state_dict(flow.state_dict())  # a copy, which --resume replaces
-    epochs, lr = args.meanflow_epochs, args.meanflow_lr
-    stage = common.Stage(args, "meanflow", model, epochs, lr, images)
-    equal = round(args.equal * args.batch_size)
-    for (x1,) in stage:
-        x0 = torch.randn_like(x1)
+    models = make_models(**network, device=args.device)
+    noise = common.noise(args, 16, 1, 28, 28)[:10]
+
+    def loss(model, x1: Tensor, labels: Tensor) -> Tensor:  # labels are for 03
+        t = torch.randn(len(x1), device=x1.device).sigmoid()  # logit-normal, as in 04
+        return flow_loss(model, torch.randn_like(x1), x1, t)
+
+    def loss_of_average(model, x1: Tensor, labels: Tensor) -> Tensor:
+        equal = round(args.equal * len(x1))
         t, r = draw_times(len(x1), equal, device=x1.device)
-        stage.step(meanflow_loss(
-            stage.model, x0, x1, t, r, equal, args.tangent, args.derivative))
-    return {"flow": flow, "meanflow": stage.ema}
+        return meanflow_loss(model, torch.randn_like(x1), x1, t, r, equal, args.tangent,
+                             args.derivative)
+
+    flow = fit(args, state, "flow", models["flow"], loss, data, test, args.epochs, args.lr,
+               draw=lambda model: meanflow_sample(lambda x, t, r: model(x, t), noise, 10))
+    models["meanflow"].load_state_dict(flow.state_dict())  # with --resume, fit() has its own
+    meanflow = fit(args, state, "meanflow", models["meanflow"], loss_of_average, data, test,
+                   args.meanflow_epochs, args.meanflow_lr,
+                   draw=lambda model: meanflow_sample(model, noise, 1))
+    return {"flow": flow, "meanflow": meanflow}
 
 
-def make_figures(args, meanflow: nn.Module) -> None:
+def make_figures(args, flow: nn.Module, meanflow: nn.Module) -> None:
     """16 images from the same noise by every sampler: pictures, timings, sets for 05."""
-    net = common.as_function(meanflow, args)
-    rng = torch.Generator().manual_seed(args.seed)  # of the CPU: the same on every device
-    noise = torch.randn(16, 1, 28, 28, generator=rng).to(args.device)
+    net = common.recorded(meanflow, args)
+    noise = common.noise(args, 16, 1, 28, 28)
     draw_path(args, net, noise)
 
     samplers = []
     for n in sorted({*args.steps}):
-        name = f"MeanFlow, {n} step{'s' * (n > 1)}"
-        made = {"name": name, "method": "MeanFlow", "sampler": "MeanFlow", "steps": n}
+        made = {"name": f"MeanFlow, {n} step{'s' * (n > 1)}", "method": "MeanFlow",
+                "sampler": "MeanFlow", "steps": n, "network_calls": n}
         samplers.append((made, lambda x, rng, n=n: meanflow_sample(net, x, n)))
-    common.measure(args, samplers, noise, "Columns share their noise")
+    title = "Columns share their noise"
+    common.draw_and_time(args, samplers, noise, title)
 
 
 def draw_path(args, net, x0: Tensor) -> None:
@@ -251,14 +308,10 @@ def draw_path(args, net, x0: Tensor) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    with common.stopped(args):
-        if args.sample_only:
-            models = common.load_networks(args.state, make_models(args))
-        else:
-            models = train(args)
-        make_figures(args, models["meanflow"])
+    networks = common.trained(args, make_models) if args.sample_only else train(args)
+    make_figures(args, **networks)
     print(f"the results are in {args.out_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

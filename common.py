@@ -1,29 +1,31 @@
-"""What the numbered scripts share. Each has its own schedule, loss and samplers.
+"""What the numbered scripts share. Networks, losses, samplers and loops are their own.
 
-For a first reading: ResBlock, Attention, Stage. The rest is data, options, files and pictures.
+To read: the blocks of the U-Nets, the images, Muon, `recorded`. The rest is plumbing.
 """
 
 import argparse
-import copy
+import hashlib
+import importlib
 import json
 import os
 import re
-import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from matplotlib import colormaps, figure, get_data_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn import functional as F
 from torchvision import datasets, utils
 from torchvision.transforms import v2
 from tqdm import tqdm
+
+WEIGHTS = Path(__file__).parent / "weights"  # what is shipped
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -45,9 +47,9 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(nn.functional.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.time(emb)[:, :, None, None].chunk(2, dim=1)  # (B, c_out, 1, 1)
-        return self.skip(x) + self.conv2(nn.functional.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 
 class Attention(nn.Module):
@@ -64,47 +66,51 @@ class Attention(nn.Module):
         pixels = self.norm(x).flatten(2).mT  # (B, H*W, C)
         q = self.q(pixels)[:, None]  # (B, 1, H*W, C): one head
         k, v = self.kv(pixels if context is None else context)[:, None].chunk(2, dim=-1)
-        h = self.out(nn.functional.scaled_dot_product_attention(q, k, v)[:, 0])  # (B, H*W, C)
+        h = self.out(F.scaled_dot_product_attention(q, k, v)[:, 0])  # (B, H*W, C)
         return x + h.mT.unflatten(2, x.shape[2:])
 
 
-DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST", "synthetic": None}
+DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST,
+            "kmnist": datasets.KMNIST, "synthetic": None}
 
 
-def load_images(args: argparse.Namespace, train: bool = True) -> tuple[Tensor, Tensor]:
-    """Training or test images (N, 1, 28, 28) in [-1, 1] and labels (N,), at most --train-images
-    of either. args.classes gets the names of the classes, which the checkpoint keeps."""
-    n = args.train_images
-    with one_line_error(f"no images of {args.dataset} in {args.data_dir}; try --dataset synthetic"):
-        if args.dataset == "synthetic":
-            images, labels = synthetic_digits(n, seed=0 if train else 1)
+def load_images(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor], list[str]]:
+    """[images (N, 1, 28, 28) in [-1, 1], labels (N,)] to learn from, the same to test, classes."""
+    parts = []
+    for train, n in ((True, args.train_images), (False, None)):  # None: all of them
+        if args.dataset == "synthetic":  # a sixth as many to test, as in MNIST
+            images, labels = synthetic_digits(n or max(10, args.train_images // 6), not train)
+            classes = list("0123456789")
         elif args.dataset in DATASETS:
-            data = getattr(datasets, DATASETS[args.dataset])(args.data_dir, train, download=True)
+            with one_line_error(f"no {args.dataset} in {args.data_dir}; try --dataset synthetic"):
+                data = DATASETS[args.dataset](args.data_dir, train, download=True)
             images, labels = data.data[:n, None] / 127.5 - 1, data.targets[:n]
-            args.classes = [name.split(" - ")[0] for name in data.classes]  # "7 - seven" is 7
+            classes = [name.split(" - ")[0] for name in data.classes]  # "7 - seven" is 7
         else:
-            images, labels, args.classes = folder_images(Path(args.dataset), n, train)
-    return images.to(args.device), labels.to(args.device)
+            images, labels, classes = folder_images(Path(args.dataset), n, train)
+        parts.append([images.to(args.device), labels.to(args.device)])
+    if args.batch_size > len(parts[0][0]) and not args.sample_only:
+        sys.exit(f"--batch-size {args.batch_size}: there are only {len(parts[0][0])} images")
+    return *parts, classes
 
 
-def folder_images(folder: Path, n: int, train: bool) -> tuple[Tensor, Tensor, list[str]]:
-    """Up to n of a folder's PNG and JPEG files, in random order: grey images (n, 1, 28, 28) in
-    [-1, 1], labels (n,), and names of the classes: the subfolders. Every seventh file is for tests.
-    """
+def folder_images(folder: Path, n: int | None, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    """As load_images. The classes are the subfolders; every seventh file is for tests."""
     files = sorted(p for p in folder.rglob("*.*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
-    classes = sorted({p.parent.name for p in files})
-    assert len(files) >= 70, f"only {len(files)} PNG or JPEG files, and 70 are needed"
+    if len(files) < 70:
+        sys.exit(f"{folder}: only {len(files)} PNG or JPEG files, and 70 are needed")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
-    files = [files[i] for i in order if (i % 7 == 0) != train][:n]
-    images = []
-    for path in tqdm(files, "images", delay=2):
+    chosen = [files[i] for i in order if (i % 7 > 0 if train else i % 7 == 0)][:n]
+    images, classes = [], sorted({path.parent.name for path in files})
+    for path in tqdm(chosen, "images", delay=2):
         with one_line_error(f"cannot use {path}"):
-            image = ImageOps.exif_transpose(Image.open(path))  # upright, if a camera says how
-            assert not image.mode.startswith("I"), "it has more than 8 bits a pixel"
+            image = ImageOps.exif_transpose(Image.open(path))  # upright
+            if image.mode.startswith("I"):
+                raise ValueError("it has more than 8 bits a pixel")
             white = Image.new("RGBA", image.size, "white")  # what is transparent becomes white
             grey = Image.alpha_composite(white, image.convert("RGBA")).convert("L")
         images.append(v2.functional.pil_to_tensor(ImageOps.pad(grey, (28, 28))))
-    labels = torch.tensor([classes.index(p.parent.name) for p in files])
+    labels = torch.tensor([classes.index(path.parent.name) for path in chosen])
     return torch.stack(images) / 127.5 - 1, labels, classes
 
 
@@ -122,206 +128,245 @@ def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.stack(images) / 127.5 - 1, labels
 
 
-def number(kind: type, low: float, high: float = 1e9):
-    def number(text: str):  # argparse shows this name: "invalid number value"
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text}: must be {low:g} to {high:g}")
-        return value
-    return number
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan 2024), for convolutions: if the mean of recent gradients, as a matrix with a
+    row for each output channel, is U S Vᵀ (its SVD), the step is about lr U Vᵀ. (torch.optim.Muon
+    takes matrices alone and reads the rate on the CPU: pytorch's pull requests 180561, 187133.)"""
+    def __init__(self, weights: list, lr: float | Tensor, momentum=0.95, weight_decay=0.1):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([{"params": weights}], defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        kept = 1 - group["lr"] * group["weight_decay"]
+        for rows in sorted({len(w) for w in group["params"]}):
+            # Matrices of equally many rows go as one batch, padded by columns of zeros, which stay
+            # zero: in 01 that takes 240 kernels of a GPU, one by one it would be 911.
+            means, batch = [], [w for w in group["params"] if len(w) == rows]
+            for w in batch:
+                if w not in self.state:
+                    self.state[w]["mean"] = torch.zeros_like(w)
+                mean = self.state[w]["mean"].lerp_(w.grad, 1 - group["momentum"])
+                means.append(mean.flatten(1))  # (channels out, channels in * 9)
+            widest = max(mean.shape[1] for mean in means)
+            x = torch.stack([F.pad(mean, (0, widest - mean.shape[1])) for mean in means])
+            x = F.normalize(x, dim=(1, 2))  # no singular value above 1
+            for _ in range(5):  # Newton and Schulz bring all singular values near 1
+                gram = x @ x.mT
+                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+            for w, step in zip(batch, group["lr"] * x):
+                w.mul_(kept).sub_(step[:, : w[0].numel()].reshape(w.shape))
 
 
-def make_parser(file: str, summary: str, epochs: int, batch_size: int, lr: float):
-    """A parser with the options that all scripts share; each adds those of its method."""
-    script, count = Path(file).stem, number(int, 1)
+def recorded(function, args: argparse.Namespace, one_shape: bool = False):
+    """`function`; but on CUDA its fourth call is recorded as a CUDA graph, which later calls
+    replay, since Python takes longer to start our small layers than a GPU to run them.
+
+    A replay repeats the work of the GPU, and no Python. So a print or a counter in `function`
+    would run four times, and a number keeps its value: what changes must be a tensor (also the
+    rate of an optimizer, with fused=True or capturable=True). An `if` on a tensor, .item() or a
+    tensor from the CPU is an error. The code that calls it may do all that. Inputs of other
+    shapes get other graphs, or with `one_shape` an error. --no-graphs switches it off.
+    """
+    if args.device != "cuda" or args.no_graphs:
+        return function
+    calls, graphs = Counter(), {}
+
+    def call(*inputs: Tensor):
+        shapes = tuple(x.shape for x in inputs)
+        calls[shapes] += 1
+        if one_shape and len(calls) > 1:
+            raise ValueError(f"a step with inputs of another shape, {shapes}, needs --no-graphs")
+        if calls[shapes] <= 3:
+            return function(*inputs)
+        if shapes not in graphs:
+            graph, copies = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(graph):
+                graphs[shapes] = graph, copies, function(*copies)
+        graph, copies, out = graphs[shapes]
+        for copy, x in zip(copies, inputs):
+            copy.copy_(x)
+        graph.replay()
+        return out.clone() if isinstance(out, Tensor) else tuple(x.clone() for x in out)
+
+    return call
+
+
+class Between:
+    """The `choices` of an option that is a number."""
+    def __init__(self, low: float, high: float = 1e9):
+        self.low, self.high = low, high
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    def __iter__(self):  # what argparse prints
+        yield f"{self.low:g} to {self.high:g}"
+
+
+COUNT, RATE = {"type": int, "choices": Between(1)}, {"type": float, "choices": Between(1e-9)}
+
+
+def make_parser(file: str, summary: str, epochs: int, lr: float) -> argparse.ArgumentParser:
+    """The options that all scripts share; each adds those of its method."""
+    script, whole = Path(file).stem, {"type": int, "choices": Between(0)}
     devices = [d for d in ("cuda", "mps") if getattr(torch, d).is_available()] + ["cpu"]
     parser = argparse.ArgumentParser(f"{script}.py", description=summary,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.set_defaults(script=script, classes=list("0123456789"))
+    parser.set_defaults(script=script)
     add = parser.add_argument
-    add("--epochs", type=count, default=epochs, help="passes over the training images")
-    add("--batch-size", type=count, default=batch_size, help="images in a training step")
-    add("--lr", type=number(float, 1e-9), default=lr, help="peak rate; times 10 for convolutions")
-    add("--seed", type=number(int, 0), default=0, help="seed of training and sampling")
+    add("--epochs", **COUNT, default=epochs, help="passes over the training images")
+    add("--batch-size", **COUNT, default=128, help="images in a training step")
+    add("--lr", **RATE, default=lr, help="peak rate of AdamW; that of Muon is ten times it")
+    add("--seed", **whole, default=0, help="seed of training and sampling")
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--dataset", type=os.path.normpath, default="mnist", metavar="NAME",
         help="mnist, fashion, kmnist, synthetic, or a folder of PNG or JPEG files")
-    add("--train-images", type=number(int, 10), default=60_000, help="use the first N images")
+    add("--train-images", type=int, choices=Between(10), default=60_000, help="use the first N")
     add("--data-dir", type=Path, default=Path("data"), help="folder of downloads")
-    add("--out-dir", type=Path, default=Path("runs", script), help="folder of the results")
+    add("--out-dir", type=Path, help=f"folder of the results; None: runs/{script}, or similar")
     add("--resume", action="store_true", help="continue from the checkpoint in --out-dir")
     add("--sample-only", action="store_true", help="no training: use that checkpoint, or weights/")
-    add("--eval-samples", type=number(int, 0), help="samples for 05 (10000 after training on CUDA)")
+    add("--eval-samples", **whole, default=0, help="samples of each sampler to keep for 05")
     add("--no-graphs", action="store_true", help="do not use CUDA graphs")
     add("--fast-dev", action="store_true", help="a complete run in miniature, in seconds")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None, tiny: dict):
-    """The command line wins; then the checkpoint, then `tiny` if --fast-dev, then the defaults.
-
-    Also loads the checkpoint, if one is asked for, and makes and locks --out-dir.
-    """
-    args = parser.parse_args(argv)  # for --dataset and --fast-dev
-    place = "" if args.dataset == "mnist" else Path(args.dataset).resolve().name
-    place = "fast_dev" if args.fast_dev else place
-    parser.set_defaults(**tiny if args.fast_dev else {}, out_dir=Path("runs", place, args.script))
-    args = parser.parse_args(argv)  # for --out-dir and --resume
-    path = args.out_dir / "checkpoint.pt"
-    state = {"args": {}, "history": [], "networks": {}, "training": {}}
-    if args.resume or args.sample_only:
-        shipped = Path(__file__).parent / "weights" / f"{args.script}.pt"
-        state = load_checkpoint(path if args.resume or path.exists() else shipped, args.script)
-        if bad := [k for k, v in state["args"].items() if type(v) is not type(getattr(args, k, v))]:
-            sys.exit(f"{state['path']} holds options of another type than here: {bad}")
-        parser.set_defaults(**state["args"])
-    args = parser.parse_args(argv, argparse.Namespace(checkpoint=path, state=state))
-    if (known := state["args"].get("dataset", args.dataset)) != args.dataset:
-        parser.error(f"{state['path']} has learned {known}, not {args.dataset}: train first "
-                     "(05: --train-judge)")
+def parse(parser, argv: list[str] | None, tiny: dict, sampling: list[str]) -> argparse.Namespace:
+    """Where an option comes from: what is typed; with --resume or --sample-only the checkpoint, but
+    not for options of `sampling`; with --fast-dev `tiny`; and then the parser's default."""
+    first = parser.parse_args(argv or [])  # a look at what decides about the defaults
+    place = "" if first.dataset == "mnist" else Path(first.dataset).resolve().name
+    place = Path("runs", "fast_dev" if first.fast_dev else place, first.script)
+    first.out_dir = first.out_dir or place
+    state = load_checkpoint(first) if first.resume or first.sample_only else {"args": {}}
+    known = {k: v for k, v in state["args"].items() if k not in (*sampling, "eval_samples")}
+    tiny = tiny if first.fast_dev or known.get("fast_dev") else {}
+    parser.set_defaults(**tiny | known | {"out_dir": first.out_dir})
+    args = parser.parse_args(argv or [])
+    for name in ("dataset", *state.get("network", ())):  # these cannot differ from it
+        if (now := getattr(args, name, None)) != known.get(name, now):
+            parser.error(f"{state['path']} has --{name} {known[name]}: train anew for {now}")
     if not (args.sample_only or args.dataset in DATASETS or Path(args.dataset).is_dir()):
         parser.error(f"--dataset {args.dataset}: neither a folder, nor {', '.join(DATASETS)}")
-    print(f"{args.script} on {args.device}, weights: {state.get('path', 'new')}")
-    if path.exists() and "path" not in state:
-        print(f"the first epoch will replace {path}; --resume would continue from it")
-    torch.set_flush_denormal(True)  # numbers below 1e-38 make a CPU many times slower
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a script like Ctrl-C
-    with one_line_error(f"--out-dir {args.out_dir} cannot be made, or another run is using it"):
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        args.lock = FileLock(args.out_dir / ".lock", is_singleton=True).acquire(blocking=False)
     return args
 
 
 @contextmanager
 def one_line_error(what: str, kinds=Exception):
-    """An error of these kinds in the block ends the script in one line."""
+    """An error of these kinds, which a user has caused, ends the script in one line."""
     try:
         yield
     except kinds as error:
         sys.exit(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
 
-def as_function(model: nn.Module, args: argparse.Namespace):
-    """The network for sampling. On CUDA its work for each shape becomes a CUDA graph, since
-    Python takes longer to start our small layers than a GPU to run them (RESULTS.md)."""
-    graphs = {}
-    @torch.no_grad()
-    def network(*inputs: Tensor) -> Tensor:
-        if (shape := inputs[0].shape) not in graphs and inputs[0].is_cuda and not args.no_graphs:
-            graphs[shape] = torch.cuda.make_graphed_callables(
-                model.forward, tuple(x.clone() for x in inputs))  # model itself stays as it is
-        return graphs.get(shape, model)(*inputs).clone()  # the next replay overwrites it
-    return network
+def run(main) -> None:
+    """main() with what was typed; Ctrl-C ends it in one line."""
+    with one_line_error("stopped; --resume continues from the last epoch", KeyboardInterrupt):
+        main(sys.argv[1:])
 
 
-class Muon(torch.optim.AdamW):
-    """AdamW, but convolutions with at least 16 channels take steps of Muon (Jordan 2024): if
-    the mean of recent gradients, as a matrix, is U S Vᵀ (its SVD), the step is almost U Vᵀ."""
-    @torch.no_grad()
-    def step(self) -> None:
-        group = self.param_groups[0]
-        convolutions = [w for w in group["params"] if w.dim() == 4 and min(w.shape[:2]) >= 16]
-        for rows in {len(w) for w in convolutions}:  # those with equally many rows in one batch
-            weights, key = [w for w in convolutions if len(w) == rows], f"{rows} rows"
-            g = pad_sequence([w.grad.flatten(1).mT for w in weights], batch_first=True).mT
-            mean = self.state[key] = self.state.get(key, 0 * g).to(g.device).lerp_(g, 0.05)
-            m = nn.functional.normalize(mean, dim=(1, 2))
-            gram = m @ m.mT
-            p = eye = torch.eye(rows, device=g.device)
-            for _ in range(5):  # Newton and Schulz bring the singular values of p m near 1
-                q = 3.4445 * eye + torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-                p, gram = q @ p, q @ gram @ q
-            for w, step in zip(weights, 10 * group["lr"] * p @ m):
-                step = step[:, : w[0].numel()].reshape(w.shape)  # without the padding
-                w.mul_(1 - group["lr"]).sub_(step)  # weight decay: 0.1 × 10 lr
-                w.grad = None  # so AdamW leaves it alone
-        super().step()
+def load_checkpoint(args: argparse.Namespace, path: Path | None = None) -> dict:
+    """Of `path`, or --out-dir; for --sample-only, if there is none, the shipped one."""
+    path = path or args.out_dir / "checkpoint.pt"
+    if args.sample_only and not path.exists():
+        path = WEIGHTS / f"{args.script}.pt"
+    with one_line_error(f"cannot use {path} as a checkpoint of {args.script}.py"):
+        state = torch.load(path, map_location=args.device, weights_only=True)
+        if state["script"] != args.script or not {"network", "stages"} <= state.keys():
+            raise ValueError(f"it is one of {state['script']}.py, or of an earlier version")
+        return state | {"path": str(path), "args": dict(state["args"])}
 
 
-class Stage:
-    """Trains a network: `for x, y in stage: stage.step(loss)`; then stage.ema is the result."""
-    def __init__(self, args, name: str, model: nn.Module, epochs: int, lr: float, *data: Tensor):
-        self.args, self.name, self.model, self.epochs = args, name, model, epochs
-        self.lr, self.done, self.data, self.steps = lr, 0, data, len(data[0]) // args.batch_size
-        if not self.steps:
-            sys.exit(f"--batch-size {args.batch_size}: there are only {len(data[0])} to learn from")
-        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
-        self.optimizer = Muon(model.parameters(), lr, fused=True)
-        if name in args.state["networks"]:
-            with one_line_error(f"{args.checkpoint} does not fit these options"):
-                self.done, weights, state = args.state["training"][name]
-                self.ema.load_state_dict(args.state["networks"][name])
-                model.load_state_dict(weights)
-                self.optimizer.load_state_dict(state)
-        else:  # it starts anew: forget the epochs of an earlier one
-            args.state["history"] = [x for x in args.state["history"] if x["stage"] != name]
-
-    def __iter__(self):
-        """Yields batches. On CUDA, Python runs the loop's body for three of them. For the fourth,
-        its work is recorded as a CUDA graph, which is replayed for all others, also of later
-        epochs, without Python. So the body must do the same for every batch, on the GPU alone."""
-        args, total, self.graph = self.args, self.epochs * self.steps, None
-        self.index = torch.zeros(args.batch_size, dtype=torch.long, device=args.device)
-        self.rate = torch.zeros((), device=args.device)  # tensors, which a graph reads anew
-        self.optimizer.param_groups[0].update(lr=self.rate, capturable=True)
-        self.slow, self.fast = ([x for x in net.state_dict().values() if x.is_floating_point()]
-                                for net in (self.ema, self.model))  # weights, BatchNorm's averages
-        with tqdm(None, self.name, total, initial=self.done * self.steps, mininterval=1) as bar:
-            for done in range(self.done, self.epochs):
-                yield from self.epoch(done, total, bar)
-
-    def epoch(self, done: int, total: int, bar: tqdm):
-        args, losses, start = self.args, [], time.perf_counter()
-        torch.manual_seed(done + 1000 * args.seed)  # so a resumed run draws the same numbers
-        order = torch.randperm(len(self.data[0]), device=args.device)
-        for chosen in order.split(args.batch_size)[: self.steps]:  # not a smaller last one
-            i, warm_up = done * self.steps + len(losses), min(200, total / 10)
-            self.rate.fill_(self.lr * min((i + 1) / warm_up, 1) * (1 - i / total))  # up, down to 0
-            self.index.copy_(chosen)
-            if self.graph:
-                self.graph.replay()
-            elif args.device == "cuda" and not args.no_graphs and len(losses) == 3:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    yield [part[self.index] for part in self.data]
-                self.graph.replay()  # the recording itself computed nothing
-            else:
-                yield [part[self.index] for part in self.data]
-            losses.append(self.loss.clone())
-            if bar.update():  # once a second, since reading a loss makes a GPU wait
-                bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
-        loss, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
-        if not loss < 1e9:  # it may be infinite, or no number
-            sys.exit(f"the loss became {loss}: try a lower --lr (the last checkpoint is kept)")
-        state, rate = args.state, self.steps * args.batch_size / seconds
-        epoch = {"stage": self.name, "epoch": done + 1, "loss": loss, "lr": self.rate.item()}
-        state["history"].append(epoch | {"seconds": seconds, "images_per_second": rate})
-        state["networks"][self.name] = self.ema.state_dict()
-        training = [done + 1, self.model.state_dict(), self.optimizer.state_dict()]
-        state |= origin(args) | {"training": state["training"] | {self.name: training}}
-        save(args.checkpoint, state)
-        lines = "".join(json.dumps(epoch) + "\n" for epoch in state["history"])
-        (args.out_dir / "metrics.jsonl").write_text(lines)
-
-    def step(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        share = min(10 / (self.epochs * self.steps), 1)  # an average over a tenth of the run
-        torch._foreach_lerp_(self.slow, self.fast, share)
-        self.loss = loss.detach_()  # else it keeps the step alive, and a graph cannot be recorded
+def open_run(args: argparse.Namespace, **new) -> dict:
+    """Makes --out-dir; returns its checkpoint, or a new one: network=, classes=."""
+    torch.set_flush_denormal(True)  # numbers below 1e-38 make a CPU many times slower
+    with one_line_error(f"--out-dir {args.out_dir} cannot be made", OSError):
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+    new |= {"path": "new", "stages": {}}
+    state = load_checkpoint(args) if args.resume or args.sample_only else new
+    print(f"{args.script} on {args.device}, weights: {state['path']}")
+    return state
 
 
-def stopped(args: argparse.Namespace):
-    """For main(): Ctrl-C and files that cannot be written, as on a full disk, end in one line."""
-    message = f"stopped; --resume continues from {args.checkpoint}, if there is one"
-    return one_line_error(message, (KeyboardInterrupt, OSError))
+def load_networks(state: dict, make_models, device: str) -> dict[str, nn.Module]:
+    """All networks of a checkpoint, ready to sample from."""
+    models = make_models(**state["network"], device=device)
+    with one_line_error(f"{state['path']} is unfinished (--resume), or of another network"):
+        for name, model in models.items():
+            model.eval().requires_grad_(False).load_state_dict(state["stages"][name]["learned"][0])
+    return models
+
+
+def trained(args: argparse.Namespace, make_models) -> dict[str, nn.Module]:
+    """The networks for --sample-only, from --out-dir or those that are shipped."""
+    return load_networks(open_run(args), make_models, args.device)
+
+
+def load(script: str, name: str, file: Path | None = None, device: str = "cpu") -> nn.Module:
+    """A trained network, as load("04_rectified_flow", "flow"); file: one of your own."""
+    args = argparse.Namespace(script=script, device=device, sample_only=False)
+    state = load_checkpoint(args, Path(file or WEIGHTS / f"{script}.pt"))
+    return load_networks(state, importlib.import_module(script).make_models, device)[name]
+
+
+def restore(state: dict, name: str, epochs: int, learned: list) -> int:
+    """Fills in what stage `name` has learned; returns its epochs. If it is to learn more, the
+    stages after it are dropped, for they have learned from what it was."""
+    stages = state["stages"]
+    stage = stages.setdefault(name, {"epochs": [], "frames": [], "learned": []})
+    with one_line_error(f"{state['path']} cannot be resumed", (RuntimeError, KeyError, ValueError)):
+        if len(stage["learned"]) == 1:
+            raise ValueError("it has only the average: see bench/export_weights.py --back")
+        for part, old in zip(learned, stage["learned"]):
+            groups = vars(part).get("param_groups")
+            part.load_state_dict(old)
+            if groups:  # of an optimizer: rates and decays stay those of the script
+                part.param_groups = groups
+    done, order = len(stage["epochs"]), [*stages]
+    for later in order[order.index(name) + 1 :] if done < epochs else ():
+        del stages[later]
+    return done
+
+
+def test_loss(loss, model: nn.Module, images: list[Tensor]) -> float:
+    """The mean of `loss` over up to 2,000 test images, from the same random numbers."""
+    torch.manual_seed(0)  # training does not depend on it: each epoch sets its own seed
+    with torch.no_grad():
+        parts = zip(*[x[:2000].split(500) for x in images])
+        total = sum(len(part[0]) * loss(model, *part).item() for part in parts)
+    return total / len(images[0][:2000])
+
+
+def keep_epoch(args, state: dict, name: str, learned: list, frame, images: int, **figures):
+    """What an epoch of stage `name` came to: in the checkpoint, metrics.jsonl, and pictures.
+    frame: ten images to look at, or None; images: how many were learned."""
+    if not figures["loss"] < 1e9:  # it may be infinite, or no number
+        sys.exit(f"the loss became {figures['loss']}: try a lower --lr (the checkpoint is kept)")
+    stage = state["stages"][name]
+    figures["images_per_second"] = images / figures["seconds"]
+    stage["epochs"].append({"stage": name, "epoch": len(stage["epochs"]) + 1} | figures)
+    stage["frames"] += [] if frame is None else [to_uint8(frame)]
+    stage["learned"] = [part.state_dict() for part in learned]
+    lines = "".join(json.dumps(line) + "\n" for line in history(state))
+    (args.out_dir / "metrics.jsonl").write_text(lines)
+    save(args.out_dir / "checkpoint.pt", state | origin(args))
+    if figures["seconds"] > 20:  # of a shorter epoch, pictures would take too large a share
+        draw_progress(args.out_dir, state)
+
+
+def history(state: dict) -> list[dict]:
+    return [line for stage in state["stages"].values() for line in stage["epochs"]]
 
 
 def save(path: Path, state: dict) -> None:
     """A kill, or a full disk, leaves the old file whole."""
     tmp = path.with_suffix(".tmp")
     try:
-        with one_line_error(f"cannot write {path}"):
+        with one_line_error(f"cannot write {path}", (OSError, RuntimeError)):
             torch.save(state, tmp)
             tmp.replace(path)
     finally:
@@ -329,97 +374,43 @@ def save(path: Path, state: dict) -> None:
 
 
 def origin(args: argparse.Namespace) -> dict:
-    """What made a file: script, machine, and the options that --resume takes over."""
-    info = Path("/proc/cpuinfo")  # of Linux
-    model = re.search("model name.*: (.+)", info.read_text() if info.exists() else "")
-    cpu = f"{torch.get_num_threads()} cores, {model[1] if model else 'unknown'}"
-    kept = {k: v for k, v in vars(args).items() if type(v) in (int, float, str, list)
-            and k not in ("script", "device", "eval_samples", "files")}
-    return {"script": args.script, "args": kept | {"fast_dev": args.fast_dev},
-            "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
-            "torch": str(torch.__version__), "device": args.device}
+    """What made a file: the script, its options and the machine."""
+    cpu = f"{torch.get_num_threads()} cores with {torch.backends.cpu.get_cpu_capability()}"
+    options = {k: v for k, v in vars(args).items() if type(v) in (int, float, str)}
+    del options["script"], options["device"]
+    return {"script": args.script, "args": options | {"fast_dev": args.fast_dev},
+            "torch": str(torch.__version__), "device": args.device,
+            "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu}
 
 
-def load_checkpoint(path: Path, script: str) -> dict:
-    with one_line_error(f"cannot use {path} as a checkpoint of {script}.py"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        assert state["script"] == script, f"it is one of {state['script']}.py"
-        assert {"networks", "history", "hardware"} <= state.keys() and dict(state["args"])
-    return state | {"path": str(path)}
+def noise(args: argparse.Namespace, *shape: int) -> Tensor:
+    """Gaussian noise by --seed, of the CPU's generator: the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(args.device)
 
 
-def load_networks(state: dict, models: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Loads a checkpoint's weights into `models`, which it returns, ready to sample from."""
-    with one_line_error(f"{state['path']} is unfinished (--resume), or does not fit the options"):
-        for name, model in models.items():
-            model.eval().load_state_dict(state["networks"][name])
-    return models
+def kept_pairs(args: argparse.Namespace, flow: nn.Module, make) -> tuple[Tensor, Tensor]:
+    """--pairs for a reflow, and up to 2,000 for tests, (2, n, 1, H, W) each, by make(n, rng).
 
-
-def time_sampler(sample, noise: Tensor, seed: int, least: float = 2) -> tuple[Tensor, float]:
-    """What sample(noise, rng) returns, and its seconds: the median of up to three runs.
-
-    A run before them warms up. On a CPU it is the only one if it takes `least` seconds.
+    Each thousand is kept in a file, for --resume. Its name tells solver and flow, so pairs of
+    another flow are not taken, and no other files but those are removed.
     """
-    seconds, fewest = [], 1 if noise.is_cpu else 2
-    while len(seconds) < fewest or (len(seconds) < 4 and sum(seconds) < least):
-        start = time.perf_counter()
-        images = sample(noise, torch.Generator(noise.device).manual_seed(seed))
-        images.sum().item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return images, statistics.median(seconds[1:] or seconds)
-
-
-def measure(args, samplers: list, noise: Tensor, overview: str, below=(), **more) -> None:
-    """Pictures and times of each sampler from noise (16, ...), and, if wanted, sets for 05.
-
-    samplers: (made, sample), where the dict made has name, method, sampler, steps and the like.
-    """
-    rows, losses = {}, {}
-    for epoch in args.state["history"]:
-        losses.setdefault(epoch["stage"], []).append((epoch["epoch"], epoch["loss"]))
-    save_plot(args.out_dir / "loss.png", losses, title="Loss", xlabel="epoch", yscale="log")
-    large = noise.repeat(63, 1, 1, 1)[: 1000 if noise.is_cuda else 64]  # 16 noises, repeated
-    least = 0 if args.fast_dev else 2
-    for made, sample in samplers:
-        images, seconds = time_sampler(sample, noise, args.seed + 1, least)  # not the noise's
-        title = f"{made['name']}: {len(noise)} images in {seconds:.3f} s"
-        made |= {"file": re.sub("[ ,=]+", "_", made["name"]), "images": len(noise)}
-        save_grid(images, args.out_dir / f"samples_{made['file']}.png", title, columns=8)
-        rows[f"{made['name']}\n{seconds:.3f} s"] = images[:10]
-        rate = len(large) / time_sampler(sample, large, args.seed + 1, least)[1]
-        print(f"{title}; {rate:.1f} images/s in batches of {len(large)}")
-        made |= {"seconds": seconds, "images_per_second": rate, "large_batch": len(large)}
-    images = torch.cat([*rows.values()])
-    save_grid(images, args.out_dir / "samples.png", overview, 10, [*rows], below)
-    training_seconds = sum(epoch["seconds"] for epoch in args.state["history"])
-    report = origin(args) | more | {
-        "trained_on": args.state["hardware"], "training_seconds": training_seconds,
-        "samplers": [made for made, _ in samplers]}
-    (args.out_dir / "timings.json").write_text(json.dumps(report, indent=1))
-    wanted = args.eval_samples
-    if wanted is None:
-        wanted = 10_000 if noise.is_cuda and not args.sample_only else 0
-    if wanted:
-        make_sets(args, samplers, wanted, noise.shape[1:])
-    elif not args.sample_only and any(args.out_dir.glob("eval_*.pt")):
-        print("old sets for 05 remain; make them anew with --sample-only --eval-samples N")
-
-
-def make_sets(args, samplers: list, wanted: int, shape: torch.Size) -> None:
-    """Sets for 05 by each sampler, from the same noise (wanted, *shape), in batches."""
-    rng = torch.Generator().manual_seed(args.seed + 1)  # of the CPU: the same anywhere
-    noise = torch.randn(wanted, *shape, generator=rng).to(args.device)
-    size = 1000 if noise.is_cuda else 50
-    for made, sample in samplers:
-        slow = noise.is_cpu and made.get("network_calls", made["steps"]) > 100
-        n = min(wanted, 1000) if slow else wanted
-        rng = torch.Generator(args.device).manual_seed(args.seed)
-        parts = tqdm(noise[:n].split(size), f"{n}, {made['name']}")
-        made["images"] = torch.cat([to_uint8(sample(part, rng)) for part in parts])
-        if "classes" in made:  # 0 ... 9, 0 ... 9, ... in each part, as 03 asks for them
-            made["labels"] = torch.arange(n) % size % made["classes"]
-        save(args.out_dir / f"eval_{made['file']}.pt", origin(args) | made)
+    weights = b"".join(x.cpu().numpy().tobytes() for x in flow.state_dict().values())
+    origin, folder = hashlib.sha256(weights).hexdigest()[:8], args.out_dir / "pairs"
+    with one_line_error(f"{folder} cannot be made", OSError):
+        folder.mkdir(exist_ok=True)
+    for old in folder.glob("pairs_*_by_*_AB2_of_????????.pt"):
+        if not old.stem.endswith(origin) and not folder.is_symlink():
+            old.unlink()
+    parts, size, tests = [], min(1000, args.pairs), min(2000, args.pairs)
+    for start in tqdm(range(0, args.pairs + tests, size), "pairs, in thousands"):
+        path = folder / f"pairs_{start}_to_{start + size}_by_{args.pair_steps}_AB2_of_{origin}.pt"
+        if not path.exists():
+            rng = torch.Generator().manual_seed(int(origin, 16) + start)  # no flow has this noise
+            save(path, torch.stack(make(size, rng)).half().cpu())
+        with one_line_error(f"{path} is broken: delete it, and --resume"):
+            parts.append(torch.load(path, map_location=args.device, weights_only=True))
+    pairs = torch.cat(parts, dim=1)[:, : args.pairs + tests]
+    return pairs[:, :-tests], pairs[:, -tests:]
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -427,19 +418,20 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_grid(images: Tensor, path: Path, title: str, columns: int, rows=(), below=()) -> None:
-    """(N, 1, 28, 28) in [-1, 1] as a PNG, with names for the rows and columns."""
+    """(N, 1, 28, 28) in [-1, 1], twice as large, with names of rows and columns."""
     grid = utils.make_grid(to_uint8(images), nrow=columns)[0].numpy()
-    axes = figure.Figure(figsize=[side / 50 + 0.8 for side in grid.T.shape]).subplots()
-    axes.imshow(grid, cmap="gray", vmin=0, vmax=255)
-    axes.set(title=title, xticks=range(16, 30 * len(below), 30))  # middles of images
-    axes.set_xticklabels(below, rotation=45 if max(map(len, below), default=0) > 6 else 0)
-    axes.set(yticks=range(16, 30 * len(rows), 30), yticklabels=rows)
-    axes.figure.savefig(path, bbox_inches="tight")
+    picture = figure.Figure(figsize=[side / 50 for side in grid.T.shape], dpi=100)
+    axes = picture.add_axes((0, 0, 1, 1), title=title)
+    axes.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_yticks(range(16, 30 * len(rows), 30), rows)  # middles of images
+    slope = 45 if max(map(len, below), default=0) > 6 else 0
+    axes.set_xticks(range(16, 30 * len(below), 30), below, rotation=slope)
+    picture.savefig(path, bbox_inches="tight")
 
 
 def save_gif(frames: list[Tensor], path: Path, columns: int) -> None:
     """Batches of images as a film, three times enlarged; the last stays for 2 seconds."""
-    big = [nn.functional.interpolate(images, scale_factor=3.0) for images in frames]
+    big = [F.interpolate(images, scale_factor=3.0) for images in frames]
     film = [v2.functional.to_pil_image(utils.make_grid(to_uint8(x), columns)) for x in big]
     film[0].save(path, append_images=film[1:] + 16 * film[-1:], save_all=True, duration=120, loop=0)
 
@@ -453,3 +445,67 @@ def save_plot(path: Path, lines: dict, style: str = ".-", **labels) -> None:
     axes.set(**labels)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the plot
     axes.figure.savefig(path, bbox_inches="tight")
+
+
+def draw_progress(folder: Path, state: dict) -> None:
+    """loss.png; and what the same ten noises became after each epoch, still and moving."""
+    lines, rows = {}, {}
+    for name, stage in state["stages"].items():
+        for key in ("loss", "test_loss"):
+            points = [(x["epoch"], x[key]) for x in stage["epochs"] if key in x]
+            lines |= {f"{name}, {key.replace('_', ' ')}": points} if points else {}
+        first = len(stage["epochs"]) - len(stage["frames"]) + 1
+        frames = enumerate(stage["frames"], first)
+        rows |= {f"{name}, epoch {i}": x.cpu() / 127.5 - 1 for i, x in frames}
+    save_plot(folder / "loss.png", lines, title="Loss of training, and of test images",
+              xlabel="epoch", yscale="log")
+    if rows:
+        title = "The same ten noises after each epoch"
+        save_grid(torch.cat([*rows.values()]), folder / "progress.png", title, 10, [*rows])
+        save_gif([*rows.values()], folder / "progress.gif", columns=10)
+
+
+def time_draw(args, draw, noise: Tensor) -> tuple[Tensor, float]:
+    """Images and seconds: the median after a first run, of three or as many as are quick."""
+    seconds, limit = [], 0 if args.fast_dev else 2
+    while not seconds or (len(seconds) < 4 and (noise.is_cuda or sum(seconds) < limit)):
+        start = time.perf_counter()
+        images = draw(noise, torch.Generator(noise.device).manual_seed(args.seed + 1))
+        images.sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return images, statistics.median(seconds[1:] or seconds)
+
+
+def draw_and_time(args, samplers: list, noise: Tensor, title: str, below=(), **more) -> None:
+    """Pictures and times of samplers from noise (16, ...), and --eval-samples of each for 05.
+    samplers: (made, draw); draw(noise, rng) gives images, the dict `made` says what they are."""
+    state, rows, n = load_checkpoint(args), {}, 1000 if noise.is_cuda else 64
+    draw_progress(args.out_dir, state)
+    for made, draw in samplers:
+        images, seconds = time_draw(args, draw, noise)
+        line = f"{made['name']}: {len(noise)} images in {seconds:.3f} s"
+        made |= {"file": re.sub("[ ,=]+", "_", made["name"]), "seconds": seconds}
+        save_grid(images, args.out_dir / f"samples_{made['file']}.png", line, columns=8)
+        rows[f"{made['name']}\n{seconds:.3f} s"] = images[:10]
+        made["images_per_second"] = n / time_draw(args, draw, noise.repeat(63, 1, 1, 1)[:n])[1]
+        print(f"{line}; {made['images_per_second']:.1f} images/s in batches of {n}")
+    save_grid(torch.cat([*rows.values()]), args.out_dir / "samples.png", title, 10, [*rows], below)
+    report = origin(args) | more | {
+        "trained_on": state["hardware"], "samplers": [made for made, _ in samplers],
+        "training_seconds": sum(line["seconds"] for line in history(state))}
+    (args.out_dir / "timings.json").write_text(json.dumps(report, indent=1))
+    for made, draw in samplers if args.eval_samples else ():
+        drawn = draw_set(args, made, draw, noise.shape[1:])
+        save(args.out_dir / f"eval_{made['file']}.pt", origin(args) | made | drawn)
+
+
+def draw_set(args, made: dict, draw, shape: torch.Size) -> dict:
+    """--eval-samples images, of the same noise for every sampler, and labels if any."""
+    rng = torch.Generator().manual_seed(args.seed + 1)  # of the CPU: the same anywhere
+    noise = torch.randn(args.eval_samples, *shape, generator=rng).to(args.device)
+    size, slow = 1000 if noise.is_cuda else 50, noise.is_cpu and made["network_calls"] > 100
+    parts = (noise[:1000] if slow else noise).split(size)
+    rng = torch.Generator(args.device).manual_seed(args.seed)
+    images = torch.cat([to_uint8(draw(part, rng)) for part in tqdm(parts, made["name"])])
+    labels = torch.arange(len(images)) % size % made.get("classes", 1)  # as 03 asks for them
+    return {"images": images} | ({"labels": labels} if "classes" in made else {})

@@ -1,7 +1,7 @@
 """Every script as a user runs it: a process in a folder of its own, without a network.
 
-    pytest                  these, and all in tests/: about ten minutes on two cores
-    pytest test_smoke.py    these alone: five
+    pytest                  these, and all in tests/: some minutes on two cores
+    pytest test_smoke.py    these alone: one or two
 """
 
 import json
@@ -77,7 +77,7 @@ def wait_for(file: Path, process: subprocess.Popen) -> None:
 
 def check_picture(path: Path) -> None:
     with Image.open(path) as picture:
-        assert min(picture.size) >= 100
+        assert min(picture.size) >= 80
         darkest, brightest = picture.convert("L").getextrema()
         assert darkest < brightest
         assert path.suffix == ".png" or picture.n_frames >= 3
@@ -94,7 +94,7 @@ def test_fast_dev_leaves_all_results(script, fast_dev):
     assert [path.name for path in (folder / "runs").iterdir()] == ["fast_dev"]
     results = folder / "runs" / "fast_dev" / script
     pictures = {path.name for path in results.iterdir() if path.suffix in (".png", ".gif")}
-    assert {"loss.png", "samples.png", "path.gif"} < pictures
+    assert {"loss.png", "progress.png", "progress.gif", "samples.png", "path.gif"} < pictures
     for name in pictures:
         check_picture(results / name)
 
@@ -104,21 +104,26 @@ def test_fast_dev_leaves_all_results(script, fast_dev):
     assert timings["training_seconds"] > 0
     for row in timings["samplers"]:
         assert f"samples_{row['file']}.png" in pictures
-        assert row["steps"] > 0 and row["images"] == 16 and row["seconds"] > 0
-        assert row["large_batch"] > 16 and row["images_per_second"] > 0
+        assert row["steps"] > 0 and row["network_calls"] > 0
+        assert row["seconds"] > 0 and row["images_per_second"] > 0
 
     lines = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(line["stage"] for line in lines)) == STAGES[script]
     for stage in STAGES[script]:
         epochs = [line for line in lines if line["stage"] == stage]
         assert [line["epoch"] for line in epochs] == list(range(1, len(epochs) + 1))
-        assert epochs[-1]["loss"] < epochs[0]["loss"]
-        assert all(line["images_per_second"] > 0 and line["seconds"] > 0 for line in epochs)
-        assert epochs[-1]["lr"] < epochs[0]["lr"]
+        for key in ("loss", "lr"):
+            assert epochs[-1][key] < epochs[0][key]
+        for key in ("images_per_second", "seconds"):
+            assert all(line[key] > 0 for line in epochs)
+        assert all("test_loss" in line for line in epochs)
 
     saved = load(results / "checkpoint.pt")
-    assert saved["script"] == script and saved["history"] == lines
-    assert saved["args"]["dataset"] == "synthetic" and {*STAGES[script]} <= {*saved["networks"]}
+    assert saved["script"] == script and saved["args"]["dataset"] == "synthetic"
+    assert [line for stage in saved["stages"].values() for line in stage["epochs"]] == lines
+    assert {*STAGES[script]} <= {*saved["stages"]}
+    for stage in saved["stages"].values():
+        assert len(stage["frames"]) == len(stage["epochs"])
 
     sets = {path.name: load(path) for path in results.glob("eval_*.pt")}
     assert {*sets} == {f"eval_{row['file']}.pt" for row in timings["samplers"]}
@@ -126,7 +131,7 @@ def test_fast_dev_leaves_all_results(script, fast_dev):
         assert samples["images"].dtype == torch.uint8
         assert samples["images"].shape == (20, 1, 28, 28)
         assert len(samples["images"].unique(dim=0)) == 20  # no image twice
-        assert samples["args"]["train_images"] == 256 and samples["method"] and samples["sampler"]
+        assert samples["args"]["train_images"] == 128 and samples["method"] and samples["sampler"]
         asked_for = script == "03_cfg" and samples["guidance"] > 0
         assert samples.get("labels", torch.empty(0)).tolist() == [*range(10)] * 2 * asked_for
 
@@ -141,90 +146,46 @@ def test_02_draws_its_autoencoder_and_the_flows_their_straightness(fast_dev):
 
 
 def test_kill_and_resume_is_bit_identical(tmp_path):
-    """The end of an epoch writes metrics.jsonl, which here is a pipe that nobody reads: there
-    the script waits, with its first of three epochs in the checkpoint, until it is killed."""
-    options = ["--fast-dev", "--epochs", "3", "--train-images", "64", "--timesteps", "4",
+    """Killed as soon as there is a checkpoint, so after the first or second of six epochs."""
+    options = ["--fast-dev", "--epochs", "6", "--train-images", "64", "--timesteps", "4",
                "--ddim-steps", "2", "--ddim-sweep", "1", "--eval-samples", "0"]
     whole = start("01_ddpm_ddim", *options, cwd=tmp_path / "whole")
     results = tmp_path / "killed" / "runs" / "fast_dev" / "01_ddpm_ddim"
-    results.mkdir(parents=True)
-    os.mkfifo(results / "metrics.jsonl")
     killed = start("01_ddpm_ddim", *options, cwd=tmp_path / "killed")
     wait_for(results / "checkpoint.pt", killed)
     killed.kill()
     killed.communicate()
-    (results / "metrics.jsonl").unlink()
-    assert len(load(results / "checkpoint.pt")["history"]) == 1
+    assert len(load(results / "checkpoint.pt")["stages"]["diffusion"]["epochs"]) < 6
     end(whole)
-    run("01_ddpm_ddim", "--fast-dev", "--resume", "--eval-samples", "0", cwd=tmp_path / "killed")
+    run("01_ddpm_ddim", "--fast-dev", "--resume", "--ddim-steps", "2", "--ddim-sweep", "1",
+        "--eval-samples", "0", cwd=tmp_path / "killed")
     one, two = (load(tmp_path / name / "runs/fast_dev/01_ddpm_ddim/checkpoint.pt")
                 for name in ("whole", "killed"))
-    assert [epoch["loss"] for epoch in one["history"]] == [x["loss"] for x in two["history"]]
-    assert len(two["history"]) == 3 and one["args"] == two["args"]
-    for part in ("networks", "training"):  # weights, averages, optimizer, random numbers
+    assert one["args"] == two["args"]
+    one, two = one["stages"]["diffusion"], two["stages"]["diffusion"]
+    assert len(two["epochs"]) == 6
+    for part in ("loss", "test_loss"):
+        assert [line[part] for line in one["epochs"]] == [line[part] for line in two["epochs"]]
+    for part in ("learned", "frames"):  # the average, the network, both optimizers; pictures
         torch.testing.assert_close(one[part], two[part], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_end_in_one_line_that_names_the_checkpoint(how, tmp_path):
+def test_ctrl_c_ends_in_one_line(tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup's children would ignore it
     process = start("01_ddpm_ddim", "--fast-dev", "--epochs", "1000000", cwd=tmp_path)
     results = tmp_path / "runs" / "fast_dev" / "01_ddpm_ddim"
-    wait_for(results / "metrics.jsonl", process)
-    process.send_signal(how)
-    last = end(process, status=1).splitlines()[-1]
-    assert last.startswith("stopped; --resume")
-    assert "runs/fast_dev/01_ddpm_ddim/checkpoint.pt" in last
-    assert load(results / "checkpoint.pt")["history"]
-
-
-def test_a_second_run_in_the_same_folder_says_so_and_stops(tmp_path):
-    first = start("01_ddpm_ddim", "--fast-dev", "--epochs", "1000000", cwd=tmp_path)
-    results = tmp_path / "runs" / "fast_dev" / "01_ddpm_ddim"
-    wait_for(results / "checkpoint.pt", first)
-    others = [start("01_ddpm_ddim", "--fast-dev", *how, cwd=tmp_path)
-              for how in ([], ["--resume"], ["--sample-only"])]
-    for other in others:
-        last = end(other, status=1).splitlines()[-1]
-        assert "runs/fast_dev/01_ddpm_ddim" in last and "another run is using it" in last
-    assert first.poll() is None  # and the first did not notice
-    first.kill()
-    first.communicate()
+    wait_for(results / "checkpoint.pt", process)
+    process.send_signal(signal.SIGINT)
+    assert end(process, status=1).splitlines()[-1].startswith("stopped; --resume")
+    assert load(results / "checkpoint.pt")["stages"]["diffusion"]["epochs"]
 
 
 def test_bad_input_ends_in_one_line(tmp_path):
-    cases = [("01_ddpm_ddim", ["--epochs", "0"], 2, "argument --epochs: 0"),
-             ("02_latent_diffusion", ["--resume"], 1, "runs/02_latent_diffusion/checkpoint.pt"),
-             ("04b_latent_rflow", ["--dataset", "mnist"], 1, "--dataset synthetic")]
-    processes = [start(script, *options, cwd=tmp_path) for script, options, _, _ in cases]
-    for process, (_, _, status, message) in zip(processes, cases):
-        *before, last = end(process, status).splitlines()
-        assert message in last
-        assert status == 2 or not [line for line in before if "rror" in line]
-    assert not list(tmp_path.glob("**/*.pt"))
-
-
-def test_shipped_weights_draw_without_data(tmp_path):
-    cases = [("02_latent_diffusion", ["--timesteps", "10", "--ddim-steps", "9"], 3),
-             ("04b_latent_rflow", ["--steps", "1", "2", "--ab2-steps", "4"], 5)]
-    processes = [start(script, "--sample-only", *more, cwd=tmp_path) for script, more, _ in cases]
-    for process, (script, _, n) in zip(processes, cases):
-        assert f"weights/{script}.pt" in end(process)
-        results = tmp_path / "runs" / script
-        assert not list(results.glob("*.pt"))  # no sets, for they were not asked for
-        samplers = json.loads((results / "timings.json").read_text())["samplers"]
-        drawn = [results / f"samples_{row['file']}.png" for row in samplers]
-        assert len(drawn) == n
-        for path in (*drawn, results / "samples.png", results / "path.gif"):
-            check_picture(path)
-
-
-def test_digits_are_drawn_from_the_shipped_weights(tmp_path):
-    printed = run("03_cfg", "--digits", "271828", "--ddim-steps", "5", cwd=tmp_path)
-    assert "weights/03_cfg.pt" in printed
-    results = tmp_path / "runs" / "03_cfg"
-    assert {path.name for path in results.iterdir()} == {".lock", "digits_271828.png"}
-    check_picture(results / "digits_271828.png")
+    """There is no MNIST, and no way to download it."""
+    *before, last = run("04b_latent_rflow", cwd=tmp_path, status=1).splitlines()
+    assert last.startswith("no mnist in data") and "--dataset synthetic" in last
+    assert not [line for line in before if "rror" in line]
+    assert not list(tmp_path.glob("**/*.p*"))
 
 
 def test_05_reports_on_the_runs_there_are(fast_dev, tmp_path):

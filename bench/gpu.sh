@@ -91,7 +91,7 @@ for name in graphs no_graphs; do
         --out-dir "$out/$name" "${small[@]}" "${short[@]}" "${options[@]}"
 done
 if [ "$device" = cuda ]; then
-    stage tests "$python" -m pytest -q tests/test_device.py -k GPU
+    stage tests "$python" -m pytest -q tests/test_device.py tests/test_bench.py -k GPU
 fi
 stage speed_ups "$python" bench/speed_ups.py --device "$device" "${small[@]:0:1}"
 if "$python" -c "import diffusers, accelerate, denoising_diffusion_pytorch" 2>"$out/libraries.txt"; then

@@ -62,9 +62,9 @@ def main() -> None:
     rows = [row for run in runs for row in training(run)]
     print(table("script, stage, epochs, seconds, images/s", rows))
     rows = [[script, row["name"], f"{1000 * row['seconds']:.1f}",
-             f"{row['images_per_second']:,.0f}", row["large_batch"]]
+             f"{row['images_per_second']:,.0f}"]
             for script, timing in timings.items() for row in timing["samplers"]]
-    print(table("script, sampler, ms for 16 images, images/s, in batches of", rows))
+    print(table("script, sampler, ms for 16 images, images/s in large batches", rows))
     if main_run := timings.get("01_ddpm_ddim"):
         measured = {f"{row['name']}, 16 images": 1000 * row["seconds"]
                     for row in main_run["samplers"]}

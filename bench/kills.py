@@ -10,7 +10,6 @@ killed, too: the file that it replaces must be the old or the new one, and whole
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -45,13 +44,14 @@ def attempt(command: list, seconds: float | None = None) -> bool:
 
 
 def results(folder: Path) -> dict:
-    """All weights and evaluation sets that a run has left."""
+    """All averaged weights and evaluation sets that a run has left."""
     found = {}
     for path in sorted(folder.glob("*.pt")):
         state = torch.load(path, weights_only=True)
-        for name, network in state.get("networks", {"images": state}).items():
-            found |= {f"{path.stem} {name} {key}": value for key, value in network.items()
-                      if isinstance(value, torch.Tensor)}
+        if "images" in state:
+            found[path.stem] = state["images"]
+        for name, stage in state.get("stages", {}).items():
+            found |= {f"{name} {key}": value for key, value in stage["learned"][0].items()}
     return found
 
 
@@ -60,13 +60,13 @@ def where(folder: Path) -> str:
     sets = len([*folder.glob("eval_*.pt")])
     if sets or (folder / "timings.json").exists():
         return "sets for 05"
-    if (folder / "samples_path.png").exists():
+    if (folder / "path.gif").exists():
         return "pictures and timings"
     if not (folder / "checkpoint.pt").exists():
         return "start, first epoch"
-    epoch = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    *_, stage = torch.load(folder / "checkpoint.pt", weights_only=True)["stages"]
     pairs = [*folder.glob("pairs/*.pt")]
-    return "pairs, reflow" if pairs and epoch["stage"] == "flow" else f"after {epoch['stage']}"
+    return "pairs, reflow" if pairs and stage == "flow" else f"in or after {stage}"
 
 
 def kill_script(script: str, kills: int, folder: Path, rng: random.Random) -> Counter:

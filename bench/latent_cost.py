@@ -22,21 +22,22 @@ latent = importlib.import_module("02_latent_diffusion")
 
 def main() -> None:
     for name, script, shape in (("pixels", ddpm, (1, 28, 28)), ("latent", latent, (1, 8, 8))):
-        args = script.parse_args(["--out-dir", "runs/latent_cost"])
-        models, schedule = script.make_models(args), script.make_schedule(args.timesteps)
+        args = script.parse_args()
+        models = script.make_models(args.width, args.timesteps, args.device)
+        schedule = script.make_schedule(args.timesteps)
         decode = models["vae"].eval().to_images if "vae" in models else lambda x: x
-        net = common.as_function(models["diffusion"], args)
+        net = common.recorded(models["diffusion"], args)
 
+        @torch.no_grad()
         def sample(noise, rng, net=net, script=script, schedule=schedule, decode=decode):
-            with torch.no_grad():
-                return decode(script.ddim_sample(net, schedule, noise, 100))
+            return decode(script.ddim_sample(net, schedule, noise, 100))
 
         noise = torch.randn(128, *shape, device=args.device)
         with FlopCounterMode(display=False) as counter:
             sample(noise[:1], None, net=models["diffusion"])
         line = f"{name}: {counter.get_total_flops() / 2e6:,.0f} million multiply-adds an image"
         for n in (16, 64, 128):
-            _, seconds = common.time_sampler(sample, noise[:n], args.seed)
+            _, seconds = common.time_draw(args, sample, noise[:n])
             line += f"; {n} images in {seconds:.3f} s, {n / seconds:.1f} images/s"
         print(line)
 

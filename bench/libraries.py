@@ -50,7 +50,7 @@ def train_ours(device: str, steps: int, folder: Path) -> tuple[int, float]:
         "--dataset", "synthetic", "--train-images", str(steps * BATCH), "--batch-size", str(BATCH),
         "--epochs", "2", "--device", device, "--out-dir", str(folder)])
     model = ddpm.train(args)["diffusion"]
-    rate = args.state["history"][-1]["images_per_second"]
+    rate = common.history(common.load_checkpoint(args))[-1]["images_per_second"]
     return sum(p.numel() for p in model.parameters()), rate
 
 
@@ -110,9 +110,9 @@ def train_ddpm_pytorch(dim: int, device: str, steps: int, folder: Path) -> tuple
     return sum(p.numel() for p in model.parameters()), rate
 
 
-def sample_ours(device: str, folder: Path) -> float:
-    args = ddpm.parse_args(["--device", device, "--out-dir", str(folder)])
-    net = common.as_function(ddpm.make_models(args)["diffusion"], args)
+def sample_ours(device: str) -> float:
+    net = common.recorded(ddpm.make_models(32, 1000, device)["diffusion"],
+                          ddpm.parse_args(["--device", device]))
     schedule = ddpm.make_schedule(1000)
     x_T = torch.randn(16, 1, 28, 28, device=device)
     ddpm.ddim_sample(net, schedule, x_T, 10)  # warm-up
@@ -162,7 +162,7 @@ def main() -> None:
         for i, image in enumerate(images):
             to_pil_image((image + 1) / 2).save(pngs / f"{i}.png")
         training = {"01_ddpm_ddim.py": lambda: train_ours(device, steps, runs)}
-        sampling = {"01_ddpm_ddim.py": lambda: sample_ours(device, runs)}
+        sampling = {"01_ddpm_ddim.py": lambda: sample_ours(device)}
         for width in (32, 24):
             net = f"diffusers, width {width}"
             training[net] = lambda w=width: train_diffusers(w, device, steps, images)

@@ -37,6 +37,7 @@ common = importlib.import_module("common")
 ddpm = importlib.import_module("01_ddpm_ddim")
 rflow = importlib.import_module("04_rectified_flow")
 compare = importlib.import_module("05_compare")
+torch.set_flush_denormal(True)  # as open_run() does
 
 
 class Net(nn.Module):
@@ -93,12 +94,11 @@ def main() -> None:
     script, *changes = mine.arm.split("+")
     values = dict(change.split("=") for change in changes if "=" in change)
     batch, lr = int(values.get("batch", 64)), float(values.get("lr", 2e-3))
-    folder, module = mine.out_dir, {"01": ddpm, "04": rflow}[script]
-    args = module.parse_args(["--device", "cpu", "--out-dir", str(folder)])
-    digits, _ = common.load_images(args)
+    mine.out_dir.mkdir(parents=True, exist_ok=True)
+    (digits, _), (test, _), _ = common.load_images(ddpm.parse_args(["--device", "cpu"]))
     schedule = ddpm.make_schedule(1000)
     torch.manual_seed(mine.seed)
-    t_max = 1000 if script == "01" else 1
+    t_max = {"01": 1000, "04": 1}[script]
     channels = [int(c) for c in values["net"].split("/")] if "net" in values else []
     net = Net(t_max, *channels) if channels else ddpm.UNet(32, t_max)  # 04 has the same layers
     net = net.to(memory_format=torch.channels_last)
@@ -145,8 +145,10 @@ def main() -> None:
             error = error * (5 * (sin / cos) ** 2).clamp(max=1)
         return error.mean()
 
-    kind = torch.optim.AdamW if "adamw" in changes else common.Muon
-    optimizer = kind(net.parameters(), lr, fused=True)
+    kinds = {True: [], False: []}  # by Muon? With at least 16 channels on both sides
+    for w in net.parameters():
+        kinds["adamw" not in changes and w.dim() == 4 and min(w.shape[:2]) >= 16].append(w)
+    muon, adamw = common.Muon(kinds[True], lr), torch.optim.AdamW(kinds[False], lr, fused=True)
     emas, rng = [copy.deepcopy(net) for _ in range(3)], torch.Generator().manual_seed(mine.seed)
     steps, losses, start = mine.images // batch, [], time.process_time()
     decays = [1 - 5 / steps, 1 - 10 / steps, 1 - 30 / steps]
@@ -156,32 +158,31 @@ def main() -> None:
         loss = loss_of(digits[order[i * batch : (i + 1) * batch]], rng)
         net.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = lr * min((i + 1) / 200, 1) * (1 - i / steps)
-        optimizer.step()
+        for optimizer, times in ((muon, 10), (adamw, 1)):
+            optimizer.param_groups[0]["lr"] = times * lr * min((i + 1) / 200, 1) * (1 - i / steps)
+            optimizer.step()
         with torch.no_grad():
             for ema, decay in zip(emas, decays):
                 torch._foreach_lerp_([*ema.parameters()], [*net.parameters()], 1 - decay)
         losses.append(loss.item())
-    seconds = time.process_time() - start
+    rate = steps * batch / (time.process_time() - start)
     file = f"{mine.arm}_{mine.images}_{mine.seed}".replace("/", "-")
-    torch.save([ema.state_dict() for ema in emas], folder / f"{file}.pt")
+    torch.save([ema.state_dict() for ema in emas], mine.out_dir / f"{file}.pt")
     net.load_state_dict(emas[1].state_dict())
 
     result = {"arm": mine.arm, "seed": mine.seed, "images": steps * batch, "loss":
-              sum(losses[-500:]) / len(losses[-500:]), "images_per_second": steps * batch / seconds}
+              sum(losses[-500:]) / len(losses[-500:]), "images_per_second": rate}
     if script == "01":
         samplers = {"DDIM-50": lambda x: ddpm.ddim_sample(v_of, schedule, x, 50)}
     else:
         samplers = {f"Euler-{n}": lambda x, n=n: rflow.euler_sample(model, x, n)
                     for n in (2, 5, 10)}
-    score(result, samplers, mine.samples, folder, file)
+    score(result, samplers, test, mine.samples, mine.out_dir, file)
 
 
-def score(result: dict, samplers: dict, samples: int, folder: Path, file: str) -> None:
+def score(result: dict, samplers: dict, test, samples: int, folder: Path, file: str) -> None:
     """Add the distance of each sampler to `result`, keep it in results.jsonl, and draw pictures."""
-    args = compare.parse_args(["--device", "cpu", "--out-dir", str(folder)])
-    judge = common.load_networks(args.state, compare.make_models(args))["judge"]
-    test, _ = common.load_images(args, train=False)
+    judge = common.load("05_compare", "judge")
     real, _ = compare.features(judge, common.to_uint8(test))
     noise = torch.randn(samples, 1, 28, 28, generator=torch.Generator().manual_seed(1))
     for name, sample in samplers.items():

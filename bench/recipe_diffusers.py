@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("--out-dir", type=Path, default=Path("runs/recipe"))
     mine = parser.parse_args()
     folder, batch, steps = mine.out_dir, mine.batch_size, mine.images // mine.batch_size
-    digits, _ = common.load_images(ddpm.parse_args(["--device", "cpu", "--out-dir", str(folder)]))
+    folder.mkdir(parents=True, exist_ok=True)
+    (digits, _), (test, _), _ = common.load_images(ddpm.parse_args(["--device", "cpu"]))
     torch.manual_seed(mine.seed)
     net = UNet2DModel(
         sample_size=28, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=8,
@@ -70,10 +71,9 @@ def main() -> None:
             x = ddim.step(net(x, t, return_dict=False)[0], t, x).prev_sample
         return x
 
-    arm = f"diffusers+batch={batch}+lr={mine.lr:g}"
-    score({"arm": arm, "seed": mine.seed, "images": steps * batch, "images_per_second": rate,
-           "loss": sum(losses[-2000:]) / len(losses[-2000:])},
-          {"DDIM-50": sample}, mine.samples, folder, file)
+    score({"arm": f"diffusers+batch={batch}+lr={mine.lr:g}", "seed": mine.seed,
+           "images": steps * batch, "loss": sum(losses[-2000:]) / len(losses[-2000:]),
+           "images_per_second": rate}, {"DDIM-50": sample}, test, mine.samples, folder, file)
 
 
 if __name__ == "__main__":

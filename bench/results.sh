@@ -5,7 +5,7 @@
 #     bash bench/results.sh                  sets of 5,000: hours on a CPU
 #     SAMPLES=1000 bash bench/results.sh     sets of 1,000
 #     DEVICE=cuda bash bench/results.sh      on a GPU (we expect five minutes on a large one)
-#     bash bench/results.sh --dry-run DIR    in miniature
+#     bash bench/results.sh --dry-run DIR    in miniature, with networks trained for it
 #
 # A script that is done is not repeated: after a stop, call it again. Everything is in runs/results
 # (or DIR): the tables in results.md, pictures in <script>/, plots in 05_compare_N/. On a CPU,
@@ -15,18 +15,9 @@
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} device=${DEVICE:-cpu} samples=${SAMPLES:-5000} few=1000
-out=runs/results
-declare -A small
+out=runs/results how=--sample-only small=
 if [ "${1-}" = --dry-run ]; then
-    out=${2:?a folder for the results} samples=10 few=5
-    for script in 01_ddpm_ddim 02_latent_diffusion 03_cfg; do
-        small[$script]="--timesteps 3 --ddim-steps 2"
-    done
-    small[01_ddpm_ddim]+=" --ddim-sweep 1"
-    small[03_cfg]+=" --guidance-sweep 1"
-    small[04_rectified_flow]="--steps 1 --ab2-steps 1"
-    small[04b_latent_rflow]=${small[04_rectified_flow]} small[06_meanflow]="--steps 1"
-    small[05_compare]="--fast-dev --epochs 1"
+    out=${2:?a folder for the results} samples=10 few=5 small="--fast-dev --epochs 1" how=$small
 fi
 mkdir -p "$out"
 
@@ -41,12 +32,12 @@ stage() { # its name, then its command; what it prints goes to NAME.txt
 
 for script in 01_ddpm_ddim 02_latent_diffusion 03_cfg 04_rectified_flow 04b_latent_rflow \
     06_meanflow; do
-    stage $script "$python" $script.py --sample-only --device "$device" --eval-samples "$samples" \
-        --out-dir "$out/$script" ${small[$script]-}
+    stage $script "$python" $script.py $how --device "$device" --eval-samples "$samples" \
+        --out-dir "$out/$script"
 done
 for n in "$samples" "$few"; do
     stage "05_compare_$n" "$python" 05_compare.py --device "$device" --runs "$out" --eval-samples "$n" \
-        --out-dir "$out/05_compare_$n" ${small[05_compare]-}
+        --out-dir "$out/05_compare_$n" $small
 done
 cat "$out/05_compare_$samples/comparison.md" "$out/05_compare_$few/comparison.md" >"$out/results.md"
 for old in assets/0*; do # assets/01_path.gif is runs/results/01_ddpm_ddim/path.gif

@@ -3,7 +3,7 @@
     python bench/speed_ups.py
 
 Sampling: milliseconds a network call, for 16 images and for 1,000. Training: images/s in batches
-of 128, after a warm-up. The scripts train by "eager", and sample by "graph" on CUDA.
+of 128, after a warm-up. On CUDA the scripts train and sample by "graph", elsewhere by "eager".
 """
 
 import argparse
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -21,9 +22,9 @@ ddpm = importlib.import_module("01_ddpm_ddim")
 
 
 def seconds(run, device: str, calls: int) -> tuple[float, float]:
-    """Of the warm-up, three calls; and of one call after it."""
+    """Of the warm-up, four calls, of which the last records a graph; and of one call after it."""
     times = [time.perf_counter()]
-    for n in (3, calls):
+    for n in (4, calls):
         for _ in range(n):
             run()
         if device == "cuda":
@@ -32,13 +33,37 @@ def seconds(run, device: str, calls: int) -> tuple[float, float]:
     return times[1] - times[0], (times[2] - times[1]) / calls
 
 
+def training_step(model, schedule, precision):
+    """As in fit(): what it does to a batch of images."""
+    large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
+    small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
+    rate = torch.full((), 1e-4, device=small[0].device)
+    muon = common.Muon(large, 10 * rate)
+    adamw = torch.optim.AdamW(small, rate, fused=True, capturable=True)
+    average, fast = get_ema_multi_avg_fn(0.99), [*model.parameters()]
+    slow = [w.detach().clone() for w in fast]
+
+    def step(x):
+        with precision:
+            t = torch.randint(1000, (len(x),), device=x.device)
+            loss = ddpm.diffusion_loss(model, schedule, x, t, torch.randn_like(x))
+        model.zero_grad()
+        loss.backward()
+        muon.step()
+        adamw.step()
+        average(slow, fast, None)
+        return loss.detach()
+
+    return step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fast-dev", action="store_true", help="small, and nothing is compiled")
     mine = parser.parse_args()
     device, width, calls = mine.device, 8 if mine.fast_dev else 32, 3 if mine.fast_dev else 200
-    args = ddpm.parse_args(["--device", device, "--out-dir", "runs/speed_ups", "--no-graphs"])
+    args = ddpm.parse_args(["--device", device])
     schedule = ddpm.make_schedule(1000, device)
 
     def network(batch: int, way: str):
@@ -61,27 +86,17 @@ def main() -> None:
         args.no_graphs = "graph" not in way
         for batch in (16, 32 if mine.fast_dev else 1000):
             model, inputs, precision = network(batch, way)
-            net = common.as_function(model, args)
-            with precision:
+            net = common.recorded(model, args)
+            with precision, torch.no_grad():
                 warm_up, each = seconds(lambda n=net, i=inputs: n(*i), device, calls)
             print(f"| {way} | {batch:,} | {1000 * each:.3f} | {warm_up:.1f} |")
 
     print("\n| training | images/s | warm-up, s |\n|---|---|---|")
     for way in ways:
-        if "graph" in way:
-            continue
+        args.no_graphs = "graph" not in way
         model, (x, _), precision = network(128, way)
-        optimizer = common.Muon(model.parameters(), 1e-4, fused=True)
-
-        def step(model=model, x=x, precision=precision, optimizer=optimizer):
-            with precision:
-                t = torch.randint(1000, (len(x),), device=x.device)
-                loss = ddpm.diffusion_loss(model, schedule, x, t, torch.randn_like(x))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        warm_up, each = seconds(step, device, calls)
+        step = common.recorded(training_step(model, schedule, precision), args)
+        warm_up, each = seconds(lambda step=step, x=x: step(x), device, calls)
         print(f"| {way} | {len(x) / each:,.0f} | {warm_up:.1f} |")
 
 

@@ -15,7 +15,7 @@ import torch
 
 torch.set_num_threads(1)  # in case that test_smoke.py was imported first
 
-from scripts import compare, options
+from scripts import options
 
 import common
 
@@ -61,17 +61,15 @@ def every_checkpoint(tmp_path, monkeypatch):
     def keep_too(path, state):
         save(path, state)
         if path.name == "checkpoint.pt":
-            save(path.with_name(f"{len(state['history'])}.pt"), state)
+            save(path.with_name(f"{len(common.history(state))}.pt"), state)
 
     monkeypatch.setattr(common, "save", keep_too)
 
 
 @pytest.fixture(scope="session")
-def judge(tmp_path_factory):
+def judge():
     """The shipped classifier of 05."""
-    folder = tmp_path_factory.mktemp("judge")
-    args = compare.parse_args(["--device", "cpu", "--out-dir", str(folder)])
-    return common.load_networks(args.state, compare.make_models(args))["judge"]
+    return common.load("05_compare", "judge")
 
 
 @pytest.fixture

@@ -84,10 +84,16 @@ def computed(func, args, kwargs):
     return result
 
 
-def padded(parts, batch_first):
-    """As torch's pad_sequence, which would make its result where it believes the parts to be."""
-    longest = max(map(len, parts))
-    return torch.stack([torch.nn.functional.pad(x, (0, 0, 0, longest - len(x))) for x in parts])
+def grouped(lists, with_indices=False):
+    """As _group_tensors_by_device_and_dtype, which finds the true device of a tensor."""
+    groups = {}
+    for i, (first, *rest) in enumerate(zip(*lists, strict=True)):
+        columns, indices = groups.setdefault(
+            (first.device, first.dtype), ([[] for _ in lists], []))
+        for column, x in zip(columns, (first, *rest)):
+            column.append(x)
+        indices.append(i)
+    return groups
 
 
 class Graph:
@@ -180,21 +186,6 @@ class FindCuda(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def graphed(function, sample_args):
-    """As torch.cuda.make_graphed_callables: for inputs of one shape, which are copied to the same
-    place, and with an output that the next call overwrites."""
-    with record(Graph()):
-        static = function(*sample_args)
-
-    def replay(*inputs):
-        for x, sample in zip(inputs, sample_args, strict=True):
-            assert x.shape == sample.shape and x.dtype == sample.dtype and x.is_cuda
-            sample.copy_(x)
-        return static.copy_(function(*sample_args))
-
-    return replay
-
-
 @contextmanager
 def on_cuda(capability=(9, 0)):
     """A machine with a GPU of that compute capability, as far as the scripts can tell."""
@@ -211,9 +202,8 @@ def on_cuda(capability=(9, 0)):
         "torch.cuda.get_device_name": lambda *device: "a device double",
         "torch.cuda.get_device_capability": lambda *device: capability,
         "torch.cuda.synchronize": lambda *device: None,
-        "torch.cuda.make_graphed_callables": graphed,
-        "common.pad_sequence": padded,
         "torch.cuda.CUDAGraph": Graph, "torch.cuda.graph": record,
+        "torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype": grouped,
         "torch.load": load_there, "torch.Generator": Generator,
     }
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()

@@ -1,11 +1,10 @@
 """All scripts on CUDA: on a double of it everywhere, and on a GPU where there is one."""
 
 import importlib
+import inspect
 import itertools
-import json
 import sys
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -32,11 +31,11 @@ def tiny(module, folder: Path, *more: str) -> list[str]:
 @pytest.fixture
 def hurry(monkeypatch):
     """Nothing is timed often, for on this clock every run takes three seconds, nor with more than
-    32 images; and straightness is that of two steps."""
+    16 images; and straightness is that of two steps."""
     monkeypatch.setattr(common.time, "perf_counter", itertools.count(step=3.0).__next__)
-    time = common.time_sampler
-    monkeypatch.setattr(common, "time_sampler", lambda sample, noise, seed, least=0: (
-        time(sample, noise[:32], seed)))
+    time = common.time_draw
+    monkeypatch.setattr(common, "time_draw", lambda args, draw, noise: (
+        time(args, draw, noise[:16])))
     for module in (flow, latent_flow):
         monkeypatch.setattr(module, "straightness", lambda net, x0, steps, s=module.straightness: (
             s(net, x0, 2)))
@@ -71,23 +70,27 @@ def test_each_script_trains_resumes_and_samples(module, cuda, tmp_path, capsys, 
         patch.setattr(module, "make_figures", lambda *_, **networks: None)
         module.main(tiny(module, tmp_path, "--resume", "--epochs", "2"))
     state = load(tmp_path / "checkpoint.pt")
-    for path in tmp_path.glob("eval_*.pt"):
-        path.unlink()
-    monkeypatch.setattr(module, "draw_path", lambda *_: None)
-    module.main(["--sample-only", "--device", "cuda", "--out-dir", str(tmp_path)])
-    assert not list(tmp_path.glob("eval_*.pt"))  # only after a training, unless they are asked for
-    assert load(tmp_path / "checkpoint.pt")["history"] == state["history"]
-    assert len(state["history"]) > len(state["networks"]) - ("vae" in state["networks"])
+    first = next(stage for stage in state["stages"].values() if stage["epochs"])
+    assert len(first["epochs"]) == (2 if module is not latent else 1)
+    if module is ddpm:  # the others draw shipped weights, below
+        module.main(["--sample-only", "--device", "cuda", "--out-dir", str(tmp_path),
+                     *MORE[module.__name__]])
+        assert common.history(load(tmp_path / "checkpoint.pt")) == common.history(state)
 
 
-@pytest.mark.parametrize("module", [latent, cfg, latent_flow])  # 01 draws as 03 does
-def test_cuda_and_cpu_draw_the_same_digits(module, cuda, tmp_path):
+SHIPPED = {latent: ["--ddim-steps", "2"], latent_flow: ["--steps", "1", "2", "--ab2-steps", "4"],
+           cfg: ["--ddim-steps", "2", "--guidance", "3", "--guidance-sweep", "0"]}
+
+
+@pytest.mark.parametrize("module", SHIPPED)  # 01 draws as 03 does
+def test_cuda_and_cpu_draw_the_same_digits(module, cuda, tmp_path, monkeypatch):
     """From the shipped weights: noise and labels are those of the CPU, rounding apart."""
     drawn = {}
+    monkeypatch.setattr(latent, "ddpm_sample", lambda model, schedule, x, rng: x)  # 1,000 calls
     for device in ("cuda", "cpu"):
         folder = tmp_path / device
         module.main(["--sample-only", "--device", device, "--out-dir", str(folder), "--batch-size",
-                     "16", "--eval-samples", "10", *MORE[module.__name__]])
+                     "16", "--eval-samples", "5", *SHIPPED[module]])
         drawn[device] = {path.name: load(path)["images"].float()
                          for path in folder.glob("eval_*.pt") if "DDPM" not in path.name}
     assert drawn["cuda"].keys() == drawn["cpu"].keys() != set()
@@ -96,13 +99,15 @@ def test_cuda_and_cpu_draw_the_same_digits(module, cuda, tmp_path):
 
 
 def test_digits_and_another_vae(cuda, tmp_path):
-    cfg.main(["--digits", "27", "--device", "cuda", "--out-dir", str(tmp_path / "03"), *STEPS])
+    cfg.main(["--digits", "27", "--device", "cuda", "--out-dir", str(tmp_path / "03"),
+              "--ddim-steps", "2"])
     assert (tmp_path / "03" / "digits_27.png").exists()
-    latent.main(tiny(latent, tmp_path / "02", "--eval-samples", "0"))
+    latent.main(tiny(latent, tmp_path / "02"))
     file = str(tmp_path / "02" / "checkpoint.pt")
-    latent_flow.main(tiny(latent_flow, tmp_path / "04b", "--vae", file, "--eval-samples", "0"))
-    of_02, of_04b = (load(tmp_path / name / "checkpoint.pt")["networks"] for name in ("02", "04b"))
-    torch.testing.assert_close(of_02["vae"], of_04b["vae"], rtol=0, atol=0)
+    latent_flow.main(tiny(latent_flow, tmp_path / "04b", "--vae", file))
+    of_02, of_04b = (load(tmp_path / name / "checkpoint.pt")["stages"]["vae"]["learned"][0]
+                     for name in ("02", "04b"))
+    torch.testing.assert_close(of_02, of_04b, rtol=0, atol=0)
 
 
 def test_05_trains_a_classifier_and_scores_a_file(cuda, tmp_path, capsys):
@@ -116,152 +121,161 @@ def test_05_trains_a_classifier_and_scores_a_file(cuda, tmp_path, capsys):
     assert str(file) in capsys.readouterr().out
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """The scripts in bench/ by their names, without the libraries that one of them measures."""
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    for library in ("accelerate", "denoising_diffusion_pytorch", "diffusers",
-                    "diffusers.optimization"):
-        monkeypatch.setitem(sys.modules, library, MagicMock())
-    return importlib.import_module
-
-
-def test_the_measurements_in_bench(cuda, bench, tmp_path, monkeypatch, capsys):
-    """With one step of DDIM for a hundred, and eight digits for MNIST."""
-    for script in (ddpm, latent):
-        monkeypatch.setattr(script, "ddim_sample", lambda *three, sample=script.ddim_sample: (
-            sample(*three[:3], steps=1)))
-    monkeypatch.setattr(common, "load_images", lambda args, train=True: tuple(
-        part.to(args.device) for part in common.synthetic_digits(8, 0)))
-    counter = MagicMock()  # torch's own leaves the double
-    counter().__enter__().get_total_flops.return_value = 2e6
-    monkeypatch.setattr(bench("latent_cost"), "FlopCounterMode", counter)
-    bench("latent_cost").main()
-    assert "128 images in" in capsys.readouterr().out
-    bench("loss_by_t").main()
-    assert len(list(tmp_path.glob("runs/loss_by_t/*.png"))) == 2
-    libraries = bench("libraries")
-    monkeypatch.setattr(libraries, "FlopCounterMode", counter)
-    monkeypatch.setattr(common, "load_images", lambda args: (
-        torch.zeros(128, 1, 28, 28, device=args.device), torch.zeros(128, device=args.device)))
-    weights, rate = libraries.train_ours("cuda", 2, tmp_path / "ours")
-    assert weights == 1_241_537 and rate > 0
-    assert libraries.sample_ours("cuda", tmp_path / "ours") > 0
-    assert libraries.floor("cuda", 64)[0] > 0
-
-
-@pytest.mark.parametrize(("arm", "samplers"), [
-    ("01+eps+net=8/8/16/0", ["DDIM-50"]), ("04+adamw+minus+net=0/8/8+t=uniform",
-                                         ["Euler-2", "Euler-5", "Euler-10"]),
-    ("04+skip+net=8/8/8/0", ["Euler-2", "Euler-5", "Euler-10"])])
-def test_an_arm_of_the_recipes_leaves_its_distances(arm, samplers, bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "load_images", lambda args, train=True: (
-        common.synthetic_digits(99, train)))
-    monkeypatch.setattr(sys, "argv", ["recipe.py", arm, "--images", "198", "--samples", "9",
-                                      "--out-dir", str(tmp_path)])
-    for _ in range(2):
-        bench("recipe").main()
-    one, two = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
-    assert one["arm"] == arm and one["images"] == 192 and one["images_per_second"] > 0
-    assert all(one[name] == two[name] > 1 for name in samplers)
-    assert len(list(tmp_path.glob("*.png"))) == len(samplers)
-
-
-def test_the_kernels_can_be_counted_without_a_gpu(bench, capsys):
-    bench("count_kernels").main()
-    _, _, *rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
-    kernels = [int(row[2]) for row in rows]
-    assert len(set(kernels[::2])) == 1  # as many for any number of images
-    assert kernels[1] > 1.5 * kernels[0]  # and more of them with autocast
-
-
-def test_a_checkpoint_of_cuda_is_exported_for_any_device(cuda, bench, tmp_path, monkeypatch):
-    ddpm.main(tiny(ddpm, tmp_path, "--eval-samples", "0"))
-    monkeypatch.setattr(sys, "argv", ["export_weights.py", str(tmp_path / "checkpoint.pt"),
-                                      "--to", str(tmp_path / "weights")])
-    bench("export_weights").main()
-    state = torch.load(tmp_path / "weights" / "01_ddpm_ddim.pt", weights_only=True)
-    assert {x.device.type for x in state["networks"]["diffusion"].values()} == {"cpu"}
-
-
-def test_shipped_weights_can_be_trained_on(bench, tmp_path, monkeypatch):
-    def export(*typed):
-        monkeypatch.setattr(sys, "argv", ["export_weights.py", *map(str, typed)])
-        bench("export_weights").main()
-
-    flow.train(flow.parse_args(options(tmp_path / "first", "--epochs", "2")))
-    export(tmp_path / "first" / "checkpoint.pt", "--to", tmp_path)
-    export("--back", tmp_path / "04_rectified_flow.pt", "--to", tmp_path / "on")
-    shipped, back = (torch.load(path, weights_only=True) for path in (
-        tmp_path / "04_rectified_flow.pt", tmp_path / "on" / "checkpoint.pt"))
-    assert {name: done for name, (done, _, _) in back["training"].items()} == {
-        "flow": 2, "reflow": 4}
-    assert back["history"] == shipped["history"]
-    for name, (_, weights, _) in back["training"].items():
-        for key, weight in shipped["networks"][name].items():
-            assert torch.equal(weights[key], weight.float())
-    more = ["--device", "cpu", "--out-dir", str(tmp_path / "on"), "--resume", "--epochs", "3"]
-    flow.train(flow.parse_args(more))
-    history = torch.load(tmp_path / "on" / "checkpoint.pt", weights_only=True)["history"]
-    assert [epoch["epoch"] for epoch in history if epoch["stage"] == "flow"] == [1, 2, 3]
-
-
 # ---------------------------------------------------------------------------- the CUDA graphs
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """The CUDA graphs that are recorded from here on."""
+    found, kind = [], torch.cuda.CUDAGraph
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: found.append(kind()) or found[-1])
+    return found
+
+
 @pytest.mark.parametrize(("more", "recorded"), [((), 2), (("--no-graphs",), 0)])
-def test_one_graph_a_shape_and_no_answer_is_overwritten(
-    more, recorded, cuda, tmp_path, monkeypatch
-):
-    shapes, record = [], torch.cuda.make_graphed_callables
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda function, inputs: (
-        shapes.append(inputs[0].shape) or record(function, inputs)))
+def test_one_graph_a_shape_and_no_answer_is_overwritten(more, recorded, cuda, graphs, tmp_path):
     args = ddpm.parse_args(tiny(ddpm, tmp_path, *more))
-    model = ddpm.make_models(args)["diffusion"].eval()
+    model = ddpm.make_models(8, 4, "cuda")["diffusion"].eval().requires_grad_(False)
     torch.nn.init.normal_(model.conv_out.weight)
-    net = common.as_function(model, args)
+    net = common.recorded(model, args)
     x, t = torch.randn(3, 1, 28, 28, device="cuda"), torch.tensor([1, 2, 3], device="cuda")
     kept = x.clone()
+    for _ in range(3):  # these run as they are
+        net(x, t), net(x[:2], t[:2])
+    assert not graphs
     once, other, fewer = net(x, t), net(x + 1, t), net(x[:2], t[:2])
-    assert len(shapes) == recorded
+    assert len(graphs) == recorded
     torch.testing.assert_close(x, kept, rtol=0, atol=0)
     close = {"rtol": 1e-2, "atol": 1e-2}
     torch.testing.assert_close(once, model(x, t), **close)
     torch.testing.assert_close(other, model(x + 1, t), **close)
     torch.testing.assert_close(fewer, once[:2], **close)
-    assert not once.requires_grad
+    assert not once.requires_grad and (net is model) == (recorded == 0)
+
+
+def test_another_device_leaves_the_function_alone(tmp_path):
+    args = ddpm.parse_args(options(tmp_path))
+    assert common.recorded(len, args) is len
 
 
 @pytest.mark.parametrize("module", [ddpm, flow, compare])
-def test_a_recorded_step_learns_what_python_would(module, cuda, tmp_path):
-    """Eight steps and a resumed run of as many: other batches, rates and noise in each. A GPU
-    rounds in another order each time, and Adam makes much of it: there only the loss is alike."""
+def test_a_recorded_step_learns_what_python_would(module, cuda, graphs, tmp_path):
+    """Eight steps and a resumed run of as many: other batches, rates and noise in each; on the
+    double bit for bit. A GPU rounds in another order: there only the loss is alike."""
     states = []
     for more in ((), ("--no-graphs",)):
         folder = tmp_path / str(len(more))
-        train = [*tiny(module, folder, "--eval-samples", "9", *more), "--train-images", "128"]
+        train = [*tiny(module, folder, *more), "--train-images", "128"]
         for resume in ([], ["--resume", "--epochs", "2"]):
             module.train(module.parse_args([*train, *resume]))
+        assert graphs and (cuda == "GPU" or any(graph.replays > 2 for graph in graphs))
         states.append(load(folder / "checkpoint.pt"))
-    for graph, python in zip(*(state["history"] for state in states), strict=True):
+    for graph, python in zip(*map(common.history, states), strict=True):
         assert graph["loss"] == pytest.approx(python["loss"], rel=0.1)
-    for name, network in states[1]["networks"].items() if cuda == "double" else ():
-        for key, weight in network.items():
-            recorded = states[0]["networks"][name][key]
-            torch.testing.assert_close(recorded, weight, rtol=1e-3, atol=2e-4)
+    for name, stage in states[1]["stages"].items() if cuda == "double" else ():
+        torch.testing.assert_close(states[0]["stages"][name]["learned"], stage["learned"],
+                                   rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("forward", [
+def changed(source: str, *changes: tuple[str, str]):
+    """fit of 01, changed as a student would: each line that is named is replaced by others."""
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    scope = dict(vars(ddpm))
+    exec(source, scope)  # noqa: S102
+    return scope["fit"]
+
+
+CLIP = "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)"
+CHANGES = {
+    "a print and a counter in the loop": [
+        ("            losses, start =", "            counter = 0\n            losses, start ="),
+        ("                if bar.update():", """                counter += 1
+                print("batch", counter)
+                if bar.update():""")],
+    "an early break": [
+        ("                if bar.update():", """                if len(losses) == 6:
+                    print("that is enough")
+                    break
+                if bar.update():""")],
+    "a gradient norm that step returns and the loop prints": [
+        ("        value.backward()\n", f"        value.backward()\n        norm = {CLIP}\n"),
+        ("return value.detach()", "return value.detach(), norm"),
+        ("                losses.append(step(*[part[chosen] for part in data]))",
+         """                value, norm = step(*[part[chosen] for part in data])
+                losses.append(value)
+                print(f"norm {norm.item():.4f}")""")],
+    "an .item() in the loop": [
+        ("                if bar.update():", """                print(f"{losses[-1].item():.4f}")
+                if bar.update():""")],
+    "a constant rate": [
+        ("rate = lr * min((i + 1) / min(200, total / 10), 1) * (1 - i / total)",
+         "rate = lr")],
+    "clipping": [("        value.backward()\n", f"        value.backward()\n        {CLIP}\n")],
+    "AdamW for all weights": [
+        ("[w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]", "[]"),
+        ("[w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]",
+         "[*model.parameters()]")],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_student_changes_works_alike_on_cpu_and_gpu(change, cuda, tmp_path, capsys):
+    """Ten steps of 01: what is printed, and the weights in the end, with and without a graph."""
+    printed, weights = [], []
+    fit = changed(inspect.getsource(ddpm.fit), *CHANGES[change])
+    for device, more in (("cpu", ()), ("cuda", ()), ("cuda", ("--no-graphs",))):
+        args = ddpm.parse_args([*tiny(ddpm, tmp_path / f"{device}{len(more)}", *more),
+                                "--device", device, "--train-images", "160"])
+        state = common.open_run(args, network={}, classes=[])
+        torch.manual_seed(0)
+        model = ddpm.make_models(8, 4, device)["diffusion"]
+        images = torch.rand(160, 1, 28, 28, generator=Generator()).to(device)
+        schedule = ddpm.make_schedule(4, device)
+
+        def loss(model, x0, schedule=schedule):
+            t = torch.arange(len(x0), device=x0.device) % 4
+            return ddpm.diffusion_loss(model, schedule, x0, t, x0.flip(0))
+
+        capsys.readouterr()
+        ema = fit(args, state, "diffusion", model, loss, [images], [images[:9]], 1, 1e-3)
+        printed.append(capsys.readouterr().out)
+        weights.append({name: x.cpu() for name, x in ema.state_dict().items()})
+    if cuda == "double":
+        assert printed[1] == printed[2]
+        torch.testing.assert_close(weights[1], weights[2], rtol=0, atol=0)
+    assert len(printed[0].splitlines()) == len(printed[1].splitlines())
+    if "in the loop" in change or "norm" in change:
+        assert len(printed[1].splitlines()) == 10  # one for each step
+
+
+def test_training_on_another_shape_is_one_clear_error(cuda, tmp_path):
+    args = ddpm.parse_args(tiny(ddpm, tmp_path))
+    step = common.recorded(lambda x: 2 * x, args, one_shape=True)
+    x = torch.ones(4, device="cuda")
+    for _ in range(5):
+        assert step(x).tolist() == [2] * 4
+    with pytest.raises(ValueError, match="another shape.*--no-graphs"):
+        step(x[:2])
+
+
+@pytest.mark.parametrize("function", [
     lambda x: x * x.max().item(), lambda x: x[x > 0], lambda x: x + torch.ones(1).to(x.device),
     lambda x: x if x.sum() > 0 else -x])
-def test_what_cannot_be_recorded_is_refused(forward, tmp_path):
+def test_what_cannot_be_recorded_is_refused(function, tmp_path):
     with on_cuda():
-        args, model = ddpm.parse_args(tiny(ddpm, tmp_path)), torch.nn.Identity()
-        model.forward = forward
-        with pytest.raises(DeviceError):
-            common.as_function(model, args)(torch.ones(2, device="cuda"))
-        args.no_graphs = True
-        common.as_function(model, args)(torch.ones(2, device="cuda"))
+        args, x = ddpm.parse_args(tiny(ddpm, tmp_path)), torch.ones(2, device="cuda")
+        for more in ({}, {"no_graphs": True}):
+            vars(args).update(more)
+            net = common.recorded(function, args)
+            for _ in range(3):
+                net(x)
+            if not more:
+                with pytest.raises(DeviceError):
+                    net(x)
+            else:
+                net(x)
 
 
 # ------------------------------------------------------------------------- the double itself
@@ -295,7 +309,7 @@ PLANTED = {  # fault: file, what stands there, what is planted, the script that 
         "01_ddpm_ddim", "make_schedule(args.timesteps, args.device)",
         "make_schedule(args.timesteps)", "01_ddpm_ddim"),
     "labels on the CPU that index an embedding": (
-        "03_cfg", "torch.arange(len(x_T), device=x_T.device)", "torch.arange(len(x_T))", "03_cfg"),
+        "03_cfg", "torch.arange(len(x), device=x.device)", "torch.arange(len(x))", "03_cfg"),
     "times on the CPU for images on CUDA": (
         "04_rectified_flow", "torch.rand(len(x1), device=x1.device)", "torch.rand(len(x1))",
         "04_rectified_flow"),

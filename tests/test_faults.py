@@ -12,6 +12,7 @@ from scripts import (
     DRAWING,
     MODULES,
     ROOT,
+    cfg,
     compare,
     ddpm,
     flow,
@@ -25,9 +26,9 @@ import common
 
 # --------------------------------------------------------------------------------- options
 
-COUNT = ["0", "-1", "1.5", "two", "nan", ""]
+COUNT = ["0", "-1", "1.5", "two", "nan", "9" * 99, ""]
 RATE = ["0", "-0.1", "nan", "inf", "1e99", "fast", ""]
-FROM_0 = ["-1", "0.5", "x", "nan", ""]
+FROM_0 = ["-1", "0.5", "x", "nan", "9" * 99, ""]
 WRONG = {  # an option, whichever script has it: values that it must refuse
     "--epochs": COUNT, "--batch-size": COUNT, "--lr": RATE, "--seed": FROM_0,
     "--train-images": [*COUNT, "9"], "--eval-samples": FROM_0,
@@ -52,7 +53,8 @@ def test_every_option_refuses_what_is_out_of_its_range(module, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").touch()
     seen = []
-    monkeypatch.setattr(common, "parse", lambda parser, *rest: seen.append(parser) or sys.exit())
+    monkeypatch.setattr(common, "parse", lambda parser, *rest, **more: (
+        seen.append(parser) or sys.exit()))
     with pytest.raises(SystemExit):
         module.parse_args([])
     monkeypatch.undo()
@@ -66,7 +68,24 @@ def test_every_option_refuses_what_is_out_of_its_range(module, tmp_path, monkeyp
             assert last.startswith(f"{module.__name__}.py: error: ")
         last = usage_error(module, [option], capsys)  # and none
         assert option in last
-    assert not list(tmp_path.glob("**/*.p*"))
+    assert [*tmp_path.iterdir()] == [tmp_path / "README.md"]
+
+
+@pytest.mark.parametrize(("module", "typed", "why"), [
+    (ddpm, "--epochs=0", "invalid choice: 0 (choose from 1 to 1e+09)"),
+    (ddpm, "--seed=-1", "invalid choice: -1 (choose from 0 to 1e+09)"),
+    (ddpm, "--timesteps=1", "invalid choice: 1 (choose from 2 to 1e+09)"),
+    (ddpm, "--train-images=9", "invalid choice: 9 (choose from 10 to 1e+09)"),
+    (flow, "--steps=0", "invalid choice: 0 (choose from 1 to 1e+09)"),
+    (ddpm, "--lr=0", "invalid choice: 0.0 (choose from 1e-09 to 1e+09)"),
+    (cfg, "--label-dropout=nan", "invalid choice: nan (choose from 0 to 1)"),
+    (ddpm, "--width=12", "invalid choice: 12 (choose from 8, 16, 32, 64)"),
+    (ddpm, "--epochs=two", "invalid int value: two"),
+    (ddpm, "--lr=fast", "invalid float value: fast"),
+])
+def test_the_message_says_what_an_option_takes(module, typed, why, capsys):
+    last = usage_error(module, [typed], capsys).replace("'", "")  # some versions quote choices
+    assert last == f"{module.__name__}.py: error: argument {typed.split('=')[0]}: {why}"
 
 
 # ------------------------------------------------------------------------- files and folders
@@ -81,8 +100,11 @@ def test_a_folder_that_cannot_be_used(module, where, option, tmp_path):
              "where nothing can be": "/proc/nothing"}[where]
     out = place if option == "--out-dir" else tmp_path / "out"
     typed = ["--device", "cpu", "--out-dir", str(out), "--data-dir", str(place)]
+    if option == "--out-dir":  # with images that need no folder
+        typed += ["--dataset", "synthetic", "--train-images", "10", "--batch-size", "10"]
     message = one_line(module.main, typed)
     assert str(place) in message
+    assert ("--out-dir" if option == "--out-dir" else "no mnist in") in message
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -94,7 +116,7 @@ def test_archives_that_are_folders(tmp_path):
     args = ddpm.parse_args(["--device", "cpu", "--data-dir", str(tmp_path), "--out-dir",
                             str(tmp_path)])
     message = one_line(common.load_images, args)
-    assert "no images of mnist" in message and str(tmp_path) in message
+    assert f"no mnist in {tmp_path}" in message
 
 
 @pytest.mark.parametrize("module", [flow, latent_flow])
@@ -102,11 +124,13 @@ def test_pairs_that_are_broken_are_named(module, tmp_path):
     more = ["--epochs", "1", "--train-images", "16", "--pairs", "16",
             "--reflow-epochs", "1"]
     module.train(module.parse_args(options(tmp_path, *more)))
-    file, = (tmp_path / "pairs").iterdir()
-    file.write_bytes(file.read_bytes()[:100])
+    learn, test = sorted((tmp_path / "pairs").iterdir())
     again = module.parse_args(["--resume", "--reflow-epochs", "2", *options(tmp_path)[1:]])
-    message = one_line(module.train, again)
-    assert str(file) in message and "delete" in message
+    for file in (test, learn):
+        file.write_bytes(file.read_bytes()[:100])
+        message = one_line(module.train, again)
+        assert str(file) in message and "delete" in message
+        assert file.stat().st_size == 100
 
 
 # ------------------------------------------------------------------------------ a full disk
@@ -135,9 +159,15 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, full):
 
 def test_a_picture_that_cannot_be_written(tmp_path):
     (tmp_path / "loss.png").mkdir()
-    message = one_line(ddpm.main, options(tmp_path, "--epochs", "1", "--train-images", "16"))
-    assert "--resume continues" in message and "loss.png" in message
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["history"]
+    typed = options(tmp_path, "--epochs", "1", "--train-images", "16")
+    quick = ["--ddim-steps", "1", "--ddim-sweep", "1", "--eval-samples", "0"]
+    with pytest.raises(IsADirectoryError, match=r"loss\.png"):
+        ddpm.main(typed)
+    checkpoint = tmp_path / "checkpoint.pt"
+    before = checkpoint.read_bytes()
+    (tmp_path / "loss.png").rmdir()
+    ddpm.main([*typed, "--resume", *quick])  # there is nothing left to learn
+    assert checkpoint.read_bytes() == before and (tmp_path / "loss.png").is_file()
 
 
 def test_a_process_whose_files_may_not_grow(tmp_path):
@@ -189,11 +219,7 @@ def test_a_checkpoint_of_another_script_or_shape(module, tmp_path):
     for other in MODULES:
         state = torch.load(ROOT / "weights" / f"{other.__name__}.pt", weights_only=True)
         if other is module:
-            network = next(iter(state["networks"].values()))
-            name = next(iter(network))
-            changed = [{name: network[name].flatten()[:1]}, {name: "a"}, {"new": network[name]}]
-            states = [state | {"networks": state["networks"] | {next(iter(state["networks"])):
-                      network | change}} for change in changed]
+            states = with_another_weight(state, next(iter(state["stages"])))
         else:
             states = [state]
         for state in states:
@@ -202,6 +228,29 @@ def test_a_checkpoint_of_another_script_or_shape(module, tmp_path):
             message = one_line(module.main, typed)
             assert str(path) in message
             assert path.read_bytes() == before
+
+
+def with_another_weight(state: dict, stage: str) -> list[dict]:
+    """The checkpoint with a weight of another shape or kind, and with one too many."""
+    network, *_ = state["stages"][stage]["learned"]
+    name = next(iter(network))
+    changed = [{name: network[name].flatten()[:1]}, {name: "a"}, {"new": network[name]}]
+    return [state | {"stages": state["stages"] | {stage: {"learned": [network | change]}}}
+            for change in changed]
+
+
+@pytest.mark.parametrize("how", ["missing", "of 01", "another", "unfinished"])
+def test_a_vae_that_does_not_fit_is_blamed_on_the_file_that_it_comes_from(how, tmp_path):
+    vae, out = tmp_path / "other.pt", tmp_path / "out"
+    state = torch.load(ROOT / "weights" / "02_latent_diffusion.pt", weights_only=True)
+    stages = {"unfinished": {"vae": state["stages"]["vae"]}}.get(how, state["stages"])
+    states = with_another_weight(state, "vae") if how == "another" else [state | {"stages": stages}]
+    for made in states:
+        if how != "missing":
+            torch.save(made | ({"script": "01_ddpm_ddim"} if how == "of 01" else {}), vae)
+        message = one_line(latent_flow.main, options(out, "--vae", str(vae)))
+        assert str(vae) in message
+    assert not [*out.iterdir()]
 
 
 # --------------------------------------------------------------------------- evaluation sets
@@ -241,9 +290,3 @@ def test_timings_that_are_cut_off(tmp_path):
                           check=False, capture_output=True)
     assert done.returncode == 1 and "01_ddpm_ddim/timings.json is broken" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_vae_that_does_not_fit_is_blamed_on_the_file_that_it_comes_from(tmp_path):
-    args = latent_flow.parse_args(options(tmp_path))
-    args.state = {"networks": {"vae": {}}, "path": "ours.pt"}  # as after --resume
-    assert "ours.pt" in one_line(latent_flow.load_vae, args, latent_flow.VAE())

@@ -1,6 +1,7 @@
 """Data sets that are not MNIST: torchvision's other two, and folders of pictures."""
 
 import gzip
+import os
 import random
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from scripts import (
     cfg,
     compare,
     ddpm,
+    flow,
     latent,
     latent_flow,
     meanflow,
@@ -63,29 +65,33 @@ def test_torchvisions_sets_have_names_for_their_classes(
     if compressed:  # as torchvision leaves them; their checksums are of the real archives
         monkeypatch.setattr("torchvision.datasets.utils.check_integrity", lambda *rest: True)
     args = arguments(tmp_path / "out", dataset, "--data-dir", str(tmp_path))
-    images, labels = common.load_images(args)
-    assert images.shape == (12, 1, 28, 28) and labels.tolist() == [6, 9] * 6
+    (images, labels), (test_images, test_labels), classes = common.load_images(args)
+    assert images.shape == test_images.shape == (12, 1, 28, 28)
+    assert labels.tolist() == test_labels.tolist() == [6, 9] * 6
     assert images[3, 0, 0, :4].tolist() == pytest.approx([-1, -0.6, 1, 60 / 255 - 1])
-    assert len(args.classes) == 10 and args.classes[6] == sixth
-    assert common.load_images(args, train=False)[0].shape == (12, 1, 28, 28)
+    assert len(classes) == 10 and classes[6] == sixth
+    args.train_images = 10  # these are the first; of the test images, all
+    (images_again, _), (test_images, _), _ = common.load_images(args)
+    assert torch.equal(images_again, images[:10]) and len(test_images) == 12
 
 
 def test_a_subfolder_is_a_class_and_every_seventh_picture_is_for_testing(tmp_path):
     folder = write_folder(tmp_path / "shapes")
     args = arguments(tmp_path / "out", folder)
-    images, labels = common.load_images(args)
-    test_images, test_labels = common.load_images(args, train=False)
+    (images, labels), (test_images, test_labels), classes = common.load_images(args)
     assert (len(images), len(test_images)) == (72, 12)  # of 84
-    assert args.classes == ["circles", "squares", "stars"]
+    assert classes == ["circles", "squares", "stars"]
     assert torch.cat([labels, test_labels]).bincount().tolist() == [28] * 3
     for x, y in ((images, labels), (test_images, test_labels)):
         shades = (x[:, 0, 20, 20] + 1) * 127.5
         assert shades.tolist() == pytest.approx([list(SHADES.values())[label] for label in y])
         assert (x[:, 0, 0] == 1).all()  # up is up
     assert {*labels[:12].tolist()} == {0, 1, 2}  # mixed, so that the first few have all classes
-    first = common.load_images(arguments(tmp_path / "out", folder, "--train-images", "20"))
+    first, test, _ = common.load_images(
+        arguments(tmp_path / "out", folder, "--train-images", "20"))
     assert torch.equal(first[0], images[:20]) and torch.equal(first[1], labels[:20])
-    again = common.load_images(arguments(tmp_path / "out", f"{folder}/"))
+    assert torch.equal(test[0], test_images) and torch.equal(test[1], test_labels)
+    again, _, _ = common.load_images(arguments(tmp_path / "out", f"{folder}/"))
     assert torch.equal(again[0], images)
 
 
@@ -95,9 +101,8 @@ def test_a_folder_without_subfolders_is_one_class(tmp_path):
         Image.new("L", (28, 28), i).save(tmp_path / "flat" / f"{i}.PNG")
     (tmp_path / "flat" / "notes.txt").write_text("no picture")
     args = arguments(tmp_path / "out", tmp_path / "flat")
-    images, labels = common.load_images(args)
-    assert args.classes == ["flat"] and labels.tolist() == [0] * 60
-    test_images, _ = common.load_images(args, train=False)
+    (images, labels), (test_images, _), classes = common.load_images(args)
+    assert classes == ["flat"] and labels.tolist() == [0] * 60
     shades = torch.cat([images, test_images])[:, 0, 0, 0]
     assert sorted(((shades + 1) * 127.5).round().tolist()) == [*range(70)]
 
@@ -111,7 +116,7 @@ def test_pictures_become_grey_and_fit_into_28x28(ending, mode, color, grey, tmp_
     (tmp_path / "wide").mkdir()
     for i in range(70):
         Image.new(mode, (120, 60), color).save(tmp_path / "wide" / f"{i}.{ending}")
-    images, _ = common.load_images(arguments(tmp_path / "out", tmp_path / "wide"))
+    (images, _), _, _ = common.load_images(arguments(tmp_path / "out", tmp_path / "wide"))
     pixels = (images[0, 0] + 1) * 127.5
     assert (pixels[:7] == 0).all() and (pixels[21:] == 0).all()
     assert pixels[7:21].flatten().tolist() == pytest.approx([grey] * 14 * 28, abs=2)
@@ -143,7 +148,7 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path):
     exif[0x0112] = 6
     for i in range(70):
         picture.save(tmp_path / "photos" / f"{i}.jpg", exif=exif, quality=95)
-    images, _ = common.load_images(arguments(tmp_path / "out", tmp_path / "photos"))
+    (images, _), _, _ = common.load_images(arguments(tmp_path / "out", tmp_path / "photos"))
     assert (images[0, 0, :, 16:] > 0.8).all() and (images[0, 0, :, :12] < -0.8).all()
 
 
@@ -166,14 +171,20 @@ def test_a_batch_of_more_pictures_than_there_are_ends_in_one_line(tmp_path):
 @pytest.fixture
 def untimed(monkeypatch):
     """Every sampler draws once, 16 images at most, and is said to take a second."""
-    monkeypatch.setattr(common, "time_sampler", lambda sample, noise, seed, least=0: (
-        sample(noise[:16], torch.Generator().manual_seed(seed)), 1.0))
+    monkeypatch.setattr(common, "time_draw", lambda args, draw, noise: (
+        draw(noise[:16], torch.Generator().manual_seed(0)), 1.0))
 
 
-TINY = ["--epochs", "1", "--width", "8", "--eval-samples", "6"]
-STEPS = ["--timesteps", "4", "--ddim-steps", "2"]
-OPTIONS = {ddpm: [*STEPS, "--ddim-sweep", "1"], latent: [*STEPS, "--vae-epochs", "1"],
-           cfg: [*STEPS, "--guidance-sweep", "0"]}
+TINY = ["--epochs", "1", "--width", "8"]
+PAIRS = ["--pairs", "16", "--pair-steps", "1", "--reflow-epochs", "1"]
+LEARNING = {  # what the checkpoint remembers, and below that what must be typed again
+    ddpm: ["--timesteps", "4"], latent: ["--timesteps", "4", "--vae-epochs", "1"],
+    cfg: ["--timesteps", "4"], flow: PAIRS, latent_flow: PAIRS,
+    meanflow: ["--meanflow-epochs", "1"]}
+SAMPLING = {
+    ddpm: ["--ddim-steps", "2", "--ddim-sweep", "1"], latent: ["--ddim-steps", "2"],
+    cfg: ["--ddim-steps", "2", "--guidance-sweep", "0"], flow: ["--steps", "1", "--ab2-steps", "3"],
+    latent_flow: ["--steps", "1", "--ab2-steps", "3"], meanflow: ["--steps", "1"]}
 
 
 @pytest.mark.parametrize("module", DRAWING)
@@ -185,43 +196,50 @@ def test_each_script_learns_samples_resumes_and_draws_a_folder(
     write_folder(tmp_path / "shapes", 24)
     seen, save_grid = [], common.save_grid
     monkeypatch.setattr(common, "save_grid", lambda *rest, **named: (
-        seen.append(str((rest[1:], named))), save_grid(*rest, **named)))
-    common_options = ["--device", "cpu", "--batch-size", "8", "--dataset", "shapes", *TINY]
-    more = OPTIONS.get(module, ["--steps", "1", "--ab2-steps", "3", "--pairs", "16",
-                                "--pair-steps", "1", "--reflow-epochs", "1"])
+        seen.append(str(rest[1:])), save_grid(*rest, **named)))
+    typed = ["--device", "cpu", "--dataset", "shapes"]
+    learning, sampling = ["--batch-size", "8", *TINY], [*SAMPLING[module], "--eval-samples", "6"]
     if module is latent_flow:
-        vae = ["--vae-epochs", "1", *STEPS]
         assert "shapes/02_latent_diffusion/checkpoint.pt" in one_line(
-            module.main, [*common_options, *more])
-        latent.main([*common_options, *vae])
-    if module is meanflow:
-        more = ["--steps", "1", "--meanflow-epochs", "1"]
-    module.main([*common_options, *more])
+            module.main, [*typed, *learning, *LEARNING[module], *sampling])
+        latent.main([*typed, *learning, *LEARNING[latent], *SAMPLING[latent]])
+    module.main([*typed, *learning, *LEARNING[module], *sampling])
     out = tmp_path / "runs" / "shapes" / module.__name__  # not where a run on MNIST would be
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert state["args"]["dataset"] == "shapes"
-    assert state["args"]["classes"] == ["circles", "squares", "stars"]
-    module.main(["--device", "cpu", "--dataset", "shapes", "--resume", "--epochs", "2"])
+    assert state["classes"] == ["circles", "squares", "stars"]
+    if module is cfg:
+        overview = next(line for line in seen if "samples.png" in line)
+        assert "circles" in overview and "stars" in overview
+    assert {"loss.png", "progress.png", "progress.gif", "samples.png"} <= {*os.listdir(out)}
+    monkeypatch.setattr(module, "draw_path", lambda *rest: None)  # these take most of the time
+    for name in ("save_grid", "save_gif", "save_plot"):
+        monkeypatch.setattr(common, name, lambda *rest, **named: None)
+    module.main([*typed, "--resume", "--epochs", "2", *sampling])
+    again = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert again["network"] == state["network"] and again["classes"] == state["classes"]
+    assert again["args"] == state["args"] | {"epochs": 2}
+    assert len(common.history(again)) == len(common.history(state)) + 1
     sets = [torch.load(path, weights_only=True) for path in out.glob("eval_*.pt")]
     assert sets and all(one["images"].shape == (6, 1, 28, 28) for one in sets)
     if module is cfg:
-        assert state["networks"]["diffusion"]["label_tokens.weight"].shape[0] == 4
+        weights, *_ = state["stages"]["diffusion"]["learned"]
+        assert weights["label_tokens.weight"].shape[0] == 4
         assert [one["labels"].tolist() for one in sets if one["guidance"]] == [[0, 1, 2] * 2] * 2
-        overview = next(line for line in seen if "samples.png" in line)
-        assert "circles" in overview and "stars" in overview
     (tmp_path / "shapes").rename(tmp_path / "gone")  # what is trained needs no data
-    module.main(["--device", "cpu", "--dataset", "shapes", "--sample-only"])
+    module.main([*typed, "--sample-only", *SAMPLING[module]])
 
 
 def test_the_labels_of_three_classes_are_those_of_each_batch(tmp_path, monkeypatch, untimed):
     """Batches of 50 begin with class 0 each, also where 50 is no multiple of 3."""
-    args = arguments(tmp_path / "out", write_folder(tmp_path / "shapes", 24), *TINY, *OPTIONS[cfg],
-                     "--eval-samples", "120", "--guidance", "1", module=cfg)
+    args = arguments(tmp_path / "out", write_folder(tmp_path / "shapes", 24), *TINY,
+                     *LEARNING[cfg], *SAMPLING[cfg], "--eval-samples", "120", "--guidance", "1",
+                     module=cfg)
     networks = cfg.train(args)
     shade = lambda x, t, labels: 0 * x + labels.view(-1, 1, 1, 1) / 2 - 1
-    monkeypatch.setattr(common, "as_function", lambda model, args: shade)
+    monkeypatch.setattr(common, "recorded", lambda model, args: shade)
     monkeypatch.setattr(cfg, "draw_path", lambda *rest: None)
-    monkeypatch.setattr(cfg, "ddim_sample", lambda model, schedule, x, steps, **more: (
+    monkeypatch.setattr(cfg, "ddim_sample", lambda model, schedule, x, *rest: (
         model(x, torch.zeros(len(x)))))
     cfg.make_figures(args, **networks)
     one, = (torch.load(path, weights_only=True) for path in (tmp_path / "out").glob("*s_1.pt")
@@ -230,40 +248,38 @@ def test_the_labels_of_three_classes_are_those_of_each_batch(tmp_path, monkeypat
     assert one["images"][:, 0, 0, 0].tolist() == [(0, 64, 128)[y] for y in one["labels"]]
 
 
-def test_03_draws_classes_by_number_and_names_them(
-    tmp_path, monkeypatch, capsys, untimed
-):
+def test_03_draws_classes_by_number_and_names_them(tmp_path, monkeypatch, capsys, untimed):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "shapes", 24)
     typed = ["--device", "cpu", "--dataset", "shapes"]
-    cfg.main([*typed, "--batch-size", "8", *TINY, *OPTIONS[cfg], "--eval-samples", "0"])
+    cfg.main([*typed, "--batch-size", "8", *TINY, *LEARNING[cfg], *SAMPLING[cfg]])
     titles, save_grid = [], common.save_grid
     monkeypatch.setattr(common, "save_grid", lambda *rest, **named: (
         titles.append(rest[2]), save_grid(*rest, **named)))
-    cfg.main([*typed, "--digits", "201"])
+    cfg.main([*typed, "--digits", "201", *SAMPLING[cfg]])
     assert titles == ["Guided, s = 3: stars circles squares"]
     capsys.readouterr()
-    last = usage_error(cfg, ["--dataset", "shapes", "--digits", "3"], capsys)
-    assert "there are only 3 classes" in last
+    last = usage_error(cfg, [*typed[2:], "--digits", "3", *SAMPLING[cfg]], capsys)
+    assert "--digits '3': only digits from 0 to 2" in last
 
 
 @pytest.mark.parametrize("how", ["--resume", "--sample-only"])
 def test_weights_of_another_data_set_are_named(how, tmp_path, capsys):
     folder = write_folder(tmp_path / "shapes", 24)
-    ddpm.train(arguments(tmp_path, folder, *TINY, *OPTIONS[ddpm]))
+    ddpm.train(arguments(tmp_path, folder, *TINY, *LEARNING[ddpm], *SAMPLING[ddpm]))
     before = (tmp_path / "checkpoint.pt").read_bytes()
     last = usage_error(ddpm, [how, "--out-dir", str(tmp_path), "--dataset", "fashion"], capsys)
-    assert f"{tmp_path}/checkpoint.pt has learned {folder}, not fashion" in last
+    assert f"{tmp_path}/checkpoint.pt has --dataset {folder}: train anew for fashion" in last
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     last = usage_error(ddpm, ["--sample-only", "--dataset", "kmnist"], capsys)
-    assert "weights/01_ddpm_ddim.pt has learned mnist, not kmnist" in last
+    assert "weights/01_ddpm_ddim.pt has --dataset mnist: train anew for kmnist" in last
 
 
 def test_05_judges_a_set_with_the_classifier_of_that_set_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "shapes", 24)
     last = usage_error(compare, ["--dataset", "shapes"], capsys)
-    assert "has learned mnist, not shapes: train first (05: --train-judge)" in last
+    assert "weights/05_compare.pt has --dataset mnist: train anew for shapes" in last
     typed = ["--device", "cpu", "--dataset", "shapes", "--eval-samples", "5"]
     images = torch.randint(256, (5, 1, 28, 28)).byte()
     for folder, dataset in (("01_ddpm_ddim", "shapes"), ("elsewhere", "fashion")):
@@ -282,14 +298,16 @@ def test_05_judges_a_set_with_the_classifier_of_that_set_alone(tmp_path, monkeyp
     assert "10 test images" in text or "11 test images" in text
     methods = {line.split("|")[1].strip() for line in text.splitlines() if line.count("|") > 5}
     assert {"shapes", "training images"} <= methods
-    state = torch.load("runs/shapes/05_compare/checkpoint.pt", weights_only=True)
-    assert len(state["networks"]["judge"]["classify.weight"]) == 3
+    checkpoint = Path("runs/shapes/05_compare/checkpoint.pt")
+    before = checkpoint.read_bytes()
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["network"] == {"classes": 3} and state["classes"] == [*SHADES]
+    assert len(state["stages"]["judge"]["learned"][0]["classify.weight"]) == 3
     compare.main([*typed, "runs/shapes/01_ddpm_ddim/eval_1.pt"])
-    assert torch.load("runs/shapes/05_compare/checkpoint.pt", weights_only=True)["history"] == (
-        state["history"])
+    assert checkpoint.read_bytes() == before
     last = usage_error(compare, [*typed[:2], "--out-dir", "runs/shapes/05_compare", "--dataset",
                                  "mnist"], capsys)
-    assert "has learned shapes, not mnist" in last
+    assert "has --dataset shapes: train anew for mnist" in last
 
 
 def test_printed_digits_as_pictures_are_the_same_digits(tmp_path):
@@ -299,8 +317,8 @@ def test_printed_digits_as_pictures_are_the_same_digits(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         to_pil_image(common.to_uint8(image)).save(folder / f"{i}.png")
     args = arguments(tmp_path / "out", tmp_path / "digits")
-    ours, classes = common.load_images(args)
-    assert args.classes == list("0123456789")
-    for image, label in zip(ours, classes):
+    ours, _, classes = common.load_images(args)
+    assert classes == list("0123456789")
+    for image, label in zip(*ours):
         same = (images - image).abs().amax((1, 2, 3)) < 0.01
         assert labels[same].tolist() == [label]

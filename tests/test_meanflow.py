@@ -5,6 +5,8 @@ import torch
 from scripts import flow, meanflow, options
 from torch import nn
 
+import common
+
 S = 0.3  # the data are N(0, S²), so all marginals are Gaussians, and the paths scale x
 
 
@@ -111,15 +113,19 @@ def test_it_starts_as_the_flow_and_a_longer_flow_makes_it_begin_again(tmp_path):
     """Without r the network is a flow; before its training, r makes no difference."""
     typed = options(tmp_path, "--train-images", "64", "--epochs", "1", "--batch-size", "16",
                     "--meanflow-epochs", "1", "--meanflow-lr", "1e-9")
-    made = meanflow.train(meanflow.parse_args(typed))
-    x, t, r = torch.randn(3, 1, 28, 28), torch.rand(3), torch.ones(3)
-    with torch.no_grad():
-        torch.testing.assert_close(made["meanflow"](x, t, r), made["flow"](x, t), atol=1e-4, rtol=0)
     more = ["--resume", "--epochs", "2", "--device", "cpu", "--out-dir", str(tmp_path)]
-    meanflow.train(meanflow.parse_args(more))
-    history = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["history"]
-    stages = [(epoch["stage"], epoch["epoch"]) for epoch in history]
-    assert stages == [("flow", 1), ("flow", 2), ("meanflow", 1)]  # the old one is gone
+    x, t, r = torch.randn(3, 1, 28, 28), torch.rand(3), torch.ones(3)
+    velocities = []
+    for arguments in (typed, more):
+        made = meanflow.train(meanflow.parse_args(arguments))
+        with torch.no_grad():
+            velocities.append(made["flow"](x, t))
+            ours = made["meanflow"](x, t, r)
+        torch.testing.assert_close(ours, velocities[-1], atol=1e-4, rtol=0)
+    assert (velocities[0] - velocities[1]).abs().max() > 1e-3  # so the old one was not kept
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    stages = [(line["stage"], line["epoch"]) for line in common.history(state)]
+    assert stages == [("flow", 1), ("flow", 2), ("meanflow", 1)]
 
 
 def test_the_flow_of_06_is_that_of_04_but_for_its_output():

@@ -174,7 +174,7 @@ def test_worse_digits_score_worse(judge, digits):
 def test_the_shipped_classifier_reads_mnist(judge, tmp_path):
     args = compare.parse_args(["--device", "cpu", "--data-dir", str(ROOT / "data"),
                                "--out-dir", str(tmp_path)])
-    images, labels = common.load_images(args, train=False)
+    _, (images, labels), _ = common.load_images(args)
     assert len(images) == 10_000
     images, labels = images[::4], labels[::4]
     _, read = compare.features(judge, common.to_uint8(images))
@@ -185,9 +185,9 @@ def test_a_classifier_trained_on_synthetic_digits_reads_others(fast_dev):
     """It sees shifted images, each with its own label."""
     args = fast_dev(compare, "--train-images", "1024", "--epochs", "2")
     judge = compare.train(args)["judge"]
-    images, labels = common.load_images(args, train=False)
-    _, read = compare.features(judge, common.to_uint8(images[:500]))
-    assert (read == labels[:500]).double().mean() > 0.9
+    images, labels = common.synthetic_digits(500, seed=2)
+    _, read = compare.features(judge, common.to_uint8(images))
+    assert (read == labels).double().mean() > 0.9
 
 
 # --------------------------------------------------------------------------------- verdicts
@@ -295,7 +295,7 @@ def test_a_missing_set_and_a_folder_without_pictures_are_refused(tmp_path):
 
 
 def write_set(folder, name: str, n: int, seconds: float, seed: int = 0, **made):
-    """An evaluation set of n digits, as common.measure makes it.
+    """An evaluation set of n digits, as common.draw_and_time makes it.
 
     With seed 0 these are the first training digits of 05's --fast-dev, which has 512.
     """
@@ -307,6 +307,14 @@ def write_set(folder, name: str, n: int, seconds: float, seed: int = 0, **made):
     torch.save(made | {"images": common.to_uint8(images), "labels": labels},
                folder / f"eval_{name}.pt")
     return folder / f"eval_{name}.pt"
+
+
+def compared(judge, folder, *more: str) -> str:
+    """comparison.md of what is in folder/runs."""
+    args = compare.parse_args(options(folder / "out", "--runs", str(folder / "runs"), *more))
+    args.out_dir.mkdir()
+    compare.make_figures(args, judge)
+    return (folder / "out" / "comparison.md").read_text()
 
 
 def tables(text: str) -> list[list[dict]]:
@@ -330,9 +338,7 @@ def test_sets_of_different_size_never_share_a_table(judge, tmp_path, capsys):
     write_set(folder, "DDIM", 20, 2.0)
     write_set(folder, "DDIM 10", 20, 0.25, steps=10, seed=3)
     write_set(folder, "DDPM", 40, 20.0, sampler="DDPM", steps=1000)
-    args = compare.parse_args(options(tmp_path / "out", "--runs", str(tmp_path / "runs")))
-    compare.make_figures(args, judge)
-    text = (tmp_path / "out" / "comparison.md").read_text()
+    text = compared(judge, tmp_path)
     assert text in capsys.readouterr().out
     twenty, verdicts, forty, more_verdicts = tables(text)
     where = [text.index(line) for line in ("N = 20 ", "DDIM ", "N = 40 ", "DDPM ")]
@@ -361,9 +367,7 @@ def test_rows_of_equal_size_are_judged(judge, tmp_path):
     write_set(tmp_path / "runs" / "01_ddpm_ddim", "DDPM", 20, 20.0, sampler="DDPM", steps=1000)
     write_set(tmp_path / "runs" / "02", "latent", 20, 0.1, method="latent diffusion",
               hardware="another machine")
-    args = compare.parse_args(options(tmp_path / "out", "--runs", str(tmp_path / "runs")))
-    compare.make_figures(args, judge)
-    scores, verdicts = tables((tmp_path / "out" / "comparison.md").read_text())
+    scores, verdicts = tables(compared(judge, tmp_path))
     assert [row["note" if "note" in row else "not compared:"] for row in scores] == [
         "", "", "on another machine", ""]
     found = {row["claim"].split(".")[0]: row["verdict"] for row in verdicts}
@@ -374,10 +378,7 @@ def test_rows_of_equal_size_are_judged(judge, tmp_path):
 
 def test_only_the_first_n_of_each_set_count_if_n_is_given(judge, tmp_path):
     write_set(tmp_path / "runs" / "01_ddpm_ddim", "DDIM", 40, 2.0)
-    args = compare.parse_args(options(tmp_path / "out", "--runs", str(tmp_path / "runs"),
-                                      "--eval-samples", "20"))
-    compare.make_figures(args, judge)
-    text = (tmp_path / "out" / "comparison.md").read_text()
+    text = compared(judge, tmp_path, "--eval-samples", "20")
     scores, _ = tables(text)
     assert "N = 20 " in text and "N = 40" not in text
     assert scores[0]["Fréchet distance"] == scores[1]["Fréchet distance"]
@@ -385,18 +386,13 @@ def test_only_the_first_n_of_each_set_count_if_n_is_given(judge, tmp_path):
 
 def test_a_floor_of_fewer_digits_than_the_set_says_so_and_guidance_may_be_none(judge, tmp_path):
     write_set(tmp_path / "runs" / "01_ddpm_ddim", "DDIM", 40, 2.0, guidance=None)
-    args = compare.parse_args(options(tmp_path / "out", "--runs", str(tmp_path / "runs"),
-                                      "--train-images", "30"))
-    compare.make_figures(args, judge)
-    text = (tmp_path / "out" / "comparison.md").read_text()
+    text = compared(judge, tmp_path, "--train-images", "30", "--batch-size", "30")
     assert "N = 40 (floor: 30)" in text
     assert "above the floor" not in tables(text)[0][0]  # unlike sizes do not compare
 
 
 def test_without_any_sets_the_floor_stands_alone(judge, tmp_path):
-    args = compare.parse_args(options(tmp_path / "out", "--runs", str(tmp_path / "nothing")))
-    compare.make_figures(args, judge)
-    text = (tmp_path / "out" / "comparison.md").read_text()
+    text = compared(judge, tmp_path)
     assert [row["method"] for row in tables(text)[0]] == ["training images"]
     assert "--eval-samples" in text
 

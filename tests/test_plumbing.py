@@ -1,9 +1,15 @@
-"""What common.py does for all scripts: networks, digits, options, stages, checkpoints, times."""
+"""What all scripts share, common.py and fit(): networks, digits, options, training, resume."""
 
+import copy
 import gzip
+import inspect
 import json
 import math
+import runpy
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +19,12 @@ from scripts import (
     DRAWING,
     MODULES,
     ROOT,
+    OneWeight,
     assert_same,
     cfg,
     compare,
     ddpm,
+    fit,
     flow,
     latent,
     latent_flow,
@@ -32,6 +40,15 @@ import common
 
 MNIST = ROOT / "data/MNIST/raw"
 needs_mnist = pytest.mark.skipif(not MNIST.exists(), reason="MNIST is not in data/")
+
+
+def train(module, folder, *more: str) -> dict[str, nn.Module]:
+    return module.train(module.parse_args(["--device", "cpu", "--out-dir", str(folder), *more]))
+
+
+def load(path) -> dict:
+    return torch.load(path, weights_only=True)
+
 
 # -------------------------------------------------------------------------------- networks
 
@@ -132,31 +149,54 @@ def test_attention_is_a_softmax_over_pixels_or_over_the_context(crossed):
     assert torch.allclose(layer(x, context), expected, atol=1e-5)
 
 
-def test_a_network_for_sampling_has_no_gradients_and_leaves_its_inputs_alone(fast_dev):
-    args, model, x = fast_dev(ddpm), nn.Linear(2, 3), torch.randn(4, 2)
-    y = common.as_function(model, args)(x)
-    assert torch.equal(y, model(x)) and not y.requires_grad
-
-
 @pytest.mark.parametrize("module", MODULES)
-def test_shipped_weights_fit_their_networks(module, tmp_path):
-    args = module.parse_args(["--sample-only", "--device", "cpu", "--out-dir", str(tmp_path)])
-    models = common.load_networks(args.state, module.make_models(args))
-    assert not [name for name, model in models.items() if model.training]
-    weights = [p for model in models.values() for p in model.parameters()]
-    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in weights)
-    assert args.state["history"][-1]["loss"] > 0 and args.state["hardware"]
+def test_shipped_weights_load_without_a_word(module, tmp_path, capfd):
+    state = load(ROOT / "weights" / f"{module.__name__}.pt")
+    for name, fresh in module.make_models(**state["network"]).items():
+        network = common.load(module.__name__, name)
+        assert type(network) is type(fresh) and not network.training
+        weights = [*network.parameters()]
+        assert all(p.isfinite().all() and p.dtype == torch.float32 for p in weights)
+        assert not [p for p in weights if p.requires_grad]
+        torch.testing.assert_close(dict(network.state_dict()), state["stages"][name]["learned"][0],
+                                   rtol=0, atol=0, check_dtype=False)
+    last = common.history(state)[-1]
+    assert last["loss"] > 0 and state["hardware"]
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
-def test_the_shipped_weights_of_03_draw_the_digits_that_are_asked_for(tmp_path, judge):
-    args = cfg.parse_args(["--sample-only", "--device", "cpu", "--out-dir", str(tmp_path)])
-    model = common.load_networks(args.state, cfg.make_models(args))["diffusion"]
-    labels = torch.arange(20) % 10
+def test_the_shipped_weights_of_03_draw_the_digits_that_are_asked_for(judge):
+    labels, schedule = torch.arange(20) % 10, cfg.make_schedule(1000)
     x_T = torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    guided = cfg.guided(common.as_function(model, args), labels, 3.0)
-    images = cfg.ddim_sample(guided, cfg.make_schedule(args.timesteps), x_T, 10)
-    _, read = compare.features(judge, common.to_uint8(images))
+    guided = cfg.guided(common.load("03_cfg", "diffusion"), labels, 3.0)
+    _, read = compare.features(judge, common.to_uint8(cfg.ddim_sample(guided, schedule, x_T, 10)))
     assert (read == labels).sum() >= 18  # all 20, where this was written
+
+
+@pytest.mark.parametrize(("module", "typed", "n"), [
+    (meanflow, "--steps 1 2", 2), (latent_flow, "--steps 1 2 --ab2-steps 4", 5)])
+def test_shipped_weights_draw_without_data(module, typed, n, tmp_path, capsys):
+    module.main(["--sample-only", "--device", "cpu", "--fast-dev", "--eval-samples", "0",
+                 *typed.split()])
+    assert f"weights/{module.__name__}.pt" in capsys.readouterr().out
+    results = tmp_path / "runs" / "fast_dev" / module.__name__
+    assert not list(tmp_path.glob("**/*.pt"))  # no checkpoint, and no sets
+    samplers = json.loads((results / "timings.json").read_text())["samplers"]
+    pictures = [f"samples_{row['file']}.png" for row in samplers]
+    assert len({*pictures}) == n
+    for name in (*pictures, "samples.png", "path.gif", "loss.png"):
+        with Image.open(results / name) as picture:
+            darkest, brightest = picture.convert("L").getextrema()
+            assert darkest < brightest
+            assert name != "path.gif" or picture.n_frames >= 3
+
+
+def test_digits_that_are_asked_for_are_all_that_is_left(tmp_path, capsys):
+    cfg.main(["--digits", "271828", "--ddim-steps", "5", "--device", "cpu"])
+    assert "weights/03_cfg.pt" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("**/*.*")] == ["digits_271828.png"]
+    with Image.open(tmp_path / "runs/03_cfg/digits_271828.png") as picture:
+        assert picture.convert("L").getextrema() == (0, 255)
 
 
 # ---------------------------------------------------------------------------------- digits
@@ -164,9 +204,9 @@ def test_the_shipped_weights_of_03_draw_the_digits_that_are_asked_for(tmp_path, 
 
 def test_synthetic_digits(judge):
     images, labels = common.synthetic_digits(1000, seed=5)
-    again, same_labels = common.synthetic_digits(1000, seed=5)
-    other, _ = common.synthetic_digits(300, seed=6)
-    assert torch.equal(images, again) and torch.equal(labels, same_labels)
+    (other, other_labels), (again, same_labels) = (
+        common.synthetic_digits(300, seed=6) for _ in range(2))
+    assert torch.equal(other, again) and torch.equal(other_labels, same_labels)
     assert not torch.equal(images[:300], other)
     assert images.shape == (1000, 1, 28, 28) and labels.shape == (1000,)
     assert images.min() == -1 and images.max() == 1
@@ -195,19 +235,21 @@ def mnist(tmp_path, *more):
                             "--out-dir", str(tmp_path), *more])
 
 
-def test_mnist_is_scaled_to_minus_1_and_1(tmp_path):
+def test_mnist_is_scaled_to_minus_1_and_1_and_only_what_is_learned_from_is_cut(tmp_path):
     black, white = bytes(784), bytes([255] * 784)
     corner = bytes([0, 51]) + bytes(782)  # a fifth of white in the second pixel of the first row
     write_mnist(tmp_path, [white, corner, black] + [black] * 9, bytes([7, 0, 9] + [1] * 9))
-    write_mnist(tmp_path, [black], bytes([4]), "t10k")
-    images, labels = common.load_images(mnist(tmp_path))
+    write_mnist(tmp_path, [black] * 10 + [white], bytes([4] * 11), "t10k")
+    (images, labels), (test_images, test_labels), names = common.load_images(mnist(tmp_path))
     assert images.shape == (12, 1, 28, 28) and labels.tolist() == [7, 0, 9] + [1] * 9
     assert (images[0] == 1).all() and (images[2] == -1).all()
     assert images[1, 0, 0, :3].tolist() == pytest.approx([-1, -0.6, -1])
-    images, labels = common.load_images(mnist(tmp_path, "--train-images", "10"))
-    assert len(images) == 10 and labels.tolist()[:4] == [7, 0, 9, 1]
-    images, labels = common.load_images(mnist(tmp_path, "--train-images", "10"), train=False)
-    assert len(images) == 1 and labels.tolist() == [4]
+    assert len(test_images) == 11 and test_labels.tolist() == [4] * 11 and names[7] == "7"
+    fewer, test, _ = common.load_images(mnist(tmp_path, "--train-images", "10"))
+    assert len(fewer[0]) == 10 and fewer[1].tolist()[:4] == [7, 0, 9, 1]
+    assert torch.equal(test[0], test_images) and (test[0][-1] == 1).all()
+    message = one_line(common.load_images, mnist(tmp_path, "--batch-size", "13"))
+    assert "--batch-size 13" in message and "12" in message
 
 
 @pytest.mark.parametrize("damage", ["nothing there", "archive", "empty file", "half a file"])
@@ -226,69 +268,65 @@ def test_mnist_that_cannot_be_read_ends_in_one_line(damage, tmp_path):
 
 # --------------------------------------------------------------------------------- options
 
-SHARED_ERRORS = [  # what is typed, and what the last line must say
-    ("--dataset cifar", "--dataset cifar: neither a folder, nor mnist, fashion, kmnist"),
-    ("--epochs two", "invalid number value: 'two'"),
-    ("--epochs 0", "--epochs: 0"),
-    ("--lr nan", "--lr: nan"),
-    ("--lr inf", "--lr: inf"),
-    ("--lr 0", "--lr: 0"),
-    ("--seed -1", "--seed"),
-    ("--batch-size 0", "--batch-size: 0"),
-    ("--eval-samples -1", "--eval-samples"),
-    ("--device tpu", "invalid choice: 'tpu'"),
-    ("--device cuda", "invalid choice: 'cuda'"),
-    ("--nonsense", "unrecognized arguments: --nonsense"),
-]
+CHOICE = "invalid choice:"
 
 
-@pytest.mark.parametrize(("typed", "message"), SHARED_ERRORS)
-@pytest.mark.parametrize("module", [ddpm, latent_flow])
+@pytest.mark.parametrize(("module", "typed", "message"), [
+    *((module, typed, message) for module in (ddpm, latent_flow) for typed, message in [
+        ("--dataset cifar", "--dataset cifar: neither a folder, nor mnist, fashion, kmnist"),
+        ("--epochs two", "--epochs: invalid int value: 'two'"),
+        ("--epochs 0", f"--epochs: {CHOICE} 0"),
+        ("--lr nan", f"--lr: {CHOICE} nan"),
+        ("--lr inf", f"--lr: {CHOICE} inf"),
+        ("--lr 0", f"--lr: {CHOICE} 0"),
+        ("--seed -1", f"--seed: {CHOICE} -1"),
+        ("--batch-size 0", f"--batch-size: {CHOICE} 0"),
+        ("--eval-samples -1", f"--eval-samples: {CHOICE} -1"),
+        ("--train-images 9", f"--train-images: {CHOICE} 9"),
+        ("--device tpu", f"{CHOICE} 'tpu'"),
+        ("--device cuda", f"{CHOICE} 'cuda'"),
+        ("--nonsense", "unrecognized arguments: --nonsense"),
+    ]),
+    (ddpm, "--ddim-steps 1001", "at most --timesteps 1000"),
+    (ddpm, "--ddim-sweep 20 1001", "at most --timesteps 1000"),
+    (ddpm, "--ddim-sweep 20 0", f"--ddim-sweep: {CHOICE} 0"),
+    (ddpm, "--width 12", f"--width: {CHOICE} 12"),
+    (ddpm, "--timesteps 1", f"--timesteps: {CHOICE} 1"),
+    (latent, "--ddim-steps 1001", "at most --timesteps 1000"),
+    (latent, "--timesteps 50", "at most --timesteps 50"),
+    (latent, "--width 0", f"--width: {CHOICE} 0"),
+    (latent, "--kl-weight -0.1", f"--kl-weight: {CHOICE} -0.1"),
+    (latent, "--kl-weight nan", f"--kl-weight: {CHOICE} nan"),
+    (latent, "--vae-epochs 0", f"--vae-epochs: {CHOICE} 0"),
+    (latent, "--vae-lr inf", f"--vae-lr: {CHOICE} inf"),
+    (cfg, "--digits 31x4", "'31x4': only digits from 0 to 9"),
+    (cfg, "--digits ²", "'²': only digits from 0 to 9"),
+    (cfg, "--digits=", "'': only digits from 0 to 9"),
+    (cfg, "--guidance -1", f"--guidance: {CHOICE} -1"),
+    (cfg, "--guidance-sweep 1 -2", f"--guidance-sweep: {CHOICE} -2"),
+    (cfg, "--guidance-sweep nan", f"--guidance-sweep: {CHOICE} nan"),
+    (cfg, "--label-dropout 1.5", f"--label-dropout: {CHOICE} 1.5"),
+    (cfg, "--ddim-steps 1001", "at most --timesteps 1000"),
+    (cfg, "--tokens 0", f"--tokens: {CHOICE} 0"),
+    *((module, typed, message) for module in (flow, latent_flow) for typed, message in [
+        ("--steps 0", f"--steps: {CHOICE} 0"),
+        ("--steps 1 2 -5", f"--steps: {CHOICE} -5"),
+        ("--pairs -1", f"--pairs: {CHOICE} -1"),
+        ("--pairs 127", "--batch-size 128: more than --pairs 127"),
+        ("--pair-steps 0", f"--pair-steps: {CHOICE} 0"),
+        ("--flow-t gaussian", f"{CHOICE} 'gaussian'"),
+        ("--reflow-lr -1", f"--reflow-lr: {CHOICE} -1"),
+    ]),
+    (compare, "--eval-samples 4", "--eval-samples must be at least 5"),
+    (compare, "--fast-dev --batch-size 1", "--batch-size at least 2"),
+    (compare, "--dataset synthetic", "has --dataset mnist: train anew for synthetic"),
+    (cfg, "--sample-only --tokens 2", "weights/03_cfg.pt has --tokens 4: train anew for 2"),
+])
 def test_bad_options_are_usage_errors(module, typed, message, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     last = usage_error(module, typed.split(), capsys)
     assert message in last and last.startswith(f"{module.__name__}.py: error: ")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("module", "typed", "message"), [
-    (ddpm, "--ddim-steps 1001", "at most --timesteps 1000"),
-    (ddpm, "--ddim-sweep 20 1001", "at most --timesteps 1000"),
-    (ddpm, "--ddim-sweep 20 0", "--ddim-sweep: 0"),
-    (ddpm, "--width 12", "--width: invalid choice: 12"),
-    (ddpm, "--timesteps 1", "--timesteps: 1"),
-    (latent, "--ddim-steps 1001", "at most --timesteps 1000"),
-    (latent, "--timesteps 50", "at most --timesteps 50"),
-    (latent, "--width 0", "--width: invalid choice: 0"),
-    (latent, "--kl-weight -0.1", "--kl-weight"),
-    (latent, "--kl-weight nan", "--kl-weight: nan"),
-    (latent, "--vae-epochs 0", "--vae-epochs: 0"),
-    (latent, "--vae-lr inf", "--vae-lr: inf"),
-    (cfg, "--digits 31x4", "'31x4': only the digits 0 to 9"),
-    (cfg, "--digits ²", "'²': only the digits 0 to 9"),
-    (cfg, "--digits=", "'': only the digits 0 to 9"),
-    (cfg, "--guidance -1", "--guidance"),
-    (cfg, "--guidance-sweep 1 -2", "--guidance-sweep"),
-    (cfg, "--guidance-sweep nan", "--guidance-sweep: nan"),
-    (cfg, "--label-dropout 1.5", "--label-dropout: 1.5"),
-    (cfg, "--ddim-steps 1001", "at most --timesteps 1000"),
-    (cfg, "--tokens 0", "--tokens: 0"),
-    *((module, typed, message) for module in (flow, latent_flow) for typed, message in [
-        ("--steps 0", "--steps: 0"),
-        ("--steps 1 2 -5", "--steps"),
-        ("--pairs -1", "--pairs"),
-        ("--pairs 127", "--batch-size 128"),
-        ("--pair-steps 0", "--pair-steps: 0"),
-        ("--flow-t gaussian", "invalid choice: 'gaussian'"),
-        ("--reflow-lr -1", "--reflow-lr"),
-    ]),
-    (compare, "--eval-samples 4", "--eval-samples must be at least 5"),
-    (compare, "--fast-dev --batch-size 1", "--batch-size at least 2"),
-    (compare, "--dataset synthetic", "--train-judge"),
-])
-def test_bad_options_of_each_script_are_usage_errors(module, typed, message, tmp_path, capsys):
-    last = usage_error(module, typed.split(), capsys)
-    assert message in last and last.startswith(f"{module.__name__}.py: error: ")
 
 
 @pytest.mark.parametrize(("module", "typed", "name", "value"), [
@@ -319,18 +357,62 @@ def test_help_names_every_option_with_its_default(module, capsys):
     assert text.count("(default: ") >= 14  # each of the shared ones has its own
 
 
-def test_what_is_typed_wins_over_fast_dev_and_the_checkpoint(tmp_path):
-    """Also when it is the parser's default, as 40 epochs, and 1,000 timesteps are here."""
-    ddpm.train(ddpm.parse_args(options(tmp_path, "--epochs", "1", "--train-images", "16")))
-    args = ddpm.parse_args(options(tmp_path, "--epochs", "40", "--lr", "0.002"))
+def test_what_is_typed_wins_over_fast_dev_and_the_checkpoint(good_checkpoint):
+    """Also when it is the parser's default, as 40 epochs are here."""
+    folder = good_checkpoint.parent
+    args = ddpm.parse_args(options(folder, "--epochs", "40", "--lr", "0.002"))
     assert (args.epochs, args.lr, args.width, args.dataset) == (40, 0.002, 8, "synthetic")
     for how in ("--resume", "--sample-only"):
-        typed = [how, "--device", "cpu", "--out-dir", str(tmp_path)]
+        typed = [how, "--device", "cpu", "--out-dir", str(folder)]
         args = ddpm.parse_args(typed)
-        assert (args.epochs, args.timesteps, args.train_images, args.width) == (1, 20, 16, 8)
-        assert args.dataset == "synthetic" and args.ddim_sweep == [2, 5]
-        args = ddpm.parse_args([*typed, "--epochs", "40", "--timesteps", "1000", "--seed", "0"])
-        assert (args.epochs, args.timesteps, args.train_images) == (40, 1000, 16)
+        assert (args.epochs, args.timesteps, args.train_images, args.width) == (2, 20, 24, 8)
+        assert args.dataset == "synthetic" and args.fast_dev
+        args = ddpm.parse_args([*typed, "--epochs", "40", "--width", "8", "--seed", "1"])
+        assert (args.epochs, args.timesteps, args.train_images, args.seed) == (40, 20, 24, 1)
+
+
+@pytest.mark.parametrize("small", [[], ["--fast-dev"]])
+@pytest.mark.parametrize(("module", "sampling"), [
+    (ddpm, "--ddim-steps 3 --ddim-sweep 4"), (latent, "--ddim-steps 3"),
+    (cfg, "--ddim-steps 3 --guidance 2 --guidance-sweep 4"), (flow, "--steps 7 --ab2-steps 8"),
+    (latent_flow, "--steps 7 --ab2-steps 8"), (meanflow, "--steps 7")])
+def test_options_of_sampling_are_not_those_of_the_checkpoint(module, sampling, small, tmp_path):
+    """They are today's defaults; all that has to do with training is as it was."""
+    common_part = ["--device", "cpu", "--out-dir", str(tmp_path)]
+    trained = ["--seed", "3", "--epochs", "4", "--width", "16"]
+    args = module.parse_args([*common_part, *small, *trained, *sampling.split(),
+                              "--eval-samples", "9"])
+    new = {"network": {"width": 16}, "classes": [], "stages": {}}
+    common.save(tmp_path / "checkpoint.pt", new | common.origin(args))
+    expected = vars(module.parse_args([*common_part, *small, *trained]))
+    for how in ("resume", "sample_only"):
+        again = module.parse_args([f"--{how.replace('_', '-')}", *common_part])
+        assert vars(again) == expected | {how: True}
+
+
+@pytest.mark.parametrize("how", ["--resume", "--sample-only"])
+@pytest.mark.parametrize(("option", "has", "other"), [
+    ("--width", "8", "16"), ("--timesteps", "20", "50"), ("--dataset", "synthetic", "mnist")])
+def test_a_network_of_other_options_is_a_usage_error(
+    option, has, other, how, good_checkpoint, capsys
+):
+    before, folder = good_checkpoint.read_bytes(), good_checkpoint.parent
+    files = sorted(folder.iterdir())
+    typed = [how, "--out-dir", str(folder)]
+    last = usage_error(ddpm, [*typed, option, other], capsys)
+    assert f"error: {good_checkpoint} has {option} {has}: train anew for {other}" in last
+    assert good_checkpoint.read_bytes() == before and sorted(folder.iterdir()) == files
+    assert ddpm.parse_args([*typed, option, has])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_script_that_is_imported_does_nothing(module, tmp_path, monkeypatch, capfd):
+    """Nor does its parser; and it does not take for its own what started the process."""
+    monkeypatch.setattr(sys, "argv", ["a notebook", "--nonsense"])
+    script = runpy.run_path(str(ROOT / f"{module.__name__}.py"), run_name="imported")
+    for typed in (None, [], ["--sample-only"], ["--fast-dev"]):
+        assert script["parse_args"](typed).script == module.__name__
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
 def test_an_out_dir_that_is_a_file_ends_in_one_line(tmp_path):
@@ -343,39 +425,32 @@ def test_an_out_dir_that_is_a_file_ends_in_one_line(tmp_path):
     assert str(tmp_path / "file") in message
 
 
-# ---------------------------------------------------------------------------------- stages
+# ------------------------------------------------------------------------------------- fit
 
 
-class OneWeight(nn.Module):
-    """A network of one weight, which starts at 0."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-
-def one_weight_stage(args, steps: int, lr: float, epochs: int = 1, model=None) -> common.Stage:
-    """A stage with so many steps in an epoch, each on one number."""
-    args.batch_size = 1
-    return common.Stage(args, "one", model or OneWeight(), epochs, lr, torch.arange(steps))
+def test_all_scripts_have_the_same_fit():
+    texts = {inspect.getsource(module.fit) for module in MODULES}
+    assert len(texts) == 1 and len(MODULES) == 7
 
 
 def test_an_epoch_has_every_image_once_with_its_label(fast_dev):
-    args, model = fast_dev(ddpm, "--batch-size", "3"), OneWeight()
-    images, labels = torch.arange(10.0).view(10, 1, 1, 1), torch.arange(10)
-    stage, seen = common.Stage(args, "one", model, 2, 1e-3, images, labels), []
-    for x, y in stage:
-        assert torch.equal(x.flatten().long(), y) and len(x) == 3
-        seen += y.tolist()
-        stage.step((model.weight - 1).square().sum())
+    images, labels, seen = torch.arange(10.0).view(10, 1, 1, 1), torch.arange(10), []
+
+    def loss(model, x, y):
+        if model.training:  # and not the average, with images to test it
+            assert torch.equal(x.flatten().long(), y) and len(x) == 3
+            seen.extend(y.tolist())
+        return (model.weight - 1).square().sum()
+
+    fit(fast_dev(ddpm, "--batch-size", "3"), loss, [images, labels], epochs=2)
     assert len(seen) == 18 and len({*seen[:9]}) == len({*seen[9:]}) == 9
     assert seen[:9] != seen[9:] and seen[:9] != sorted(seen[:9])  # another order each time
 
 
-def muon(*weights: torch.Tensor, lr: float = 1e-3) -> tuple[list, list]:
+def muon(*weights: torch.Tensor, lr: float = 1e-2) -> tuple[list, list]:
     """The weights after each of three steps of common.Muon with random gradients, and these."""
     weights = [nn.Parameter(weight.clone()) for weight in weights]
-    optimizer, after, grads = common.Muon(weights, lr, fused=True), [], []
+    optimizer, after, grads = common.Muon(weights, lr), [], []
     torch.manual_seed(1)
     for _ in range(3):
         grads.append([torch.randn_like(weight) for weight in weights])
@@ -416,67 +491,118 @@ def test_a_convolution_steps_equally_far_in_all_directions():
     assert F.cosine_similarity(step.flatten(), (u @ vh).flatten(), dim=0) > 0.98
 
 
-def test_the_state_of_an_adamw_is_no_hindrance():
-    """A checkpoint of an earlier version goes on, with a new mean of the gradients."""
-    weight = nn.Parameter(torch.randn(16, 16, 3, 3))
-    weight.grad = torch.ones_like(weight)
-    old, new = torch.optim.AdamW([weight], 1e-3, fused=True), common.Muon([weight], 1e-3)
-    old.step()
-    new.load_state_dict(old.state_dict())
-    new.step()
-    again = common.Muon([weight], 1e-3)
-    again.load_state_dict(new.state_dict())
-    assert torch.equal(again.state["16 rows"], new.state["16 rows"])
-
-
-def test_small_convolutions_and_all_else_in_muon():
-    """They are AdamW's. Where the gradient is zero, as in front of a zero weight, there is no step
-    but the decay."""
-    begin = [torch.randn(64, 64), torch.randn(64, 8, 3, 3), torch.randn(64)]
-    after, grads = muon(*begin)
-    for i, weight in enumerate(begin):
-        weight = nn.Parameter(weight.clone())
-        optimizer = torch.optim.AdamW([weight], 1e-3, fused=True)
-        for now, grad in zip(after, grads):
-            weight.grad = grad[i]
+def test_convolutions_of_unequal_width_step_as_each_does_alone():
+    """In one batch, where all but the widest are padded; and with a gradient of zero, as in front
+    of a zero weight, there is no step but the decay."""
+    torch.manual_seed(0)
+    shapes = [(16, 40, 3, 3), (16, 16, 1, 1), (24, 16, 3, 3), (16, 20, 3, 3)]
+    together, alone = ([nn.Parameter(torch.randn(shape)) for shape in shapes] for _ in range(2))
+    for one, other in zip(together, alone):
+        other.data.copy_(one.data)
+    optimizers = [common.Muon(together, 0.1), *(common.Muon([weight], 0.1) for weight in alone)]
+    for _ in range(3):
+        for one, other in zip(together, alone):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
             optimizer.step()
-            torch.testing.assert_close(now[i], weight.detach(), rtol=0, atol=0)
-    still = nn.Parameter(torch.ones(16, 16, 3, 3))
-    still.grad = torch.zeros_like(still)
-    common.Muon([still], 1e-3).step()
-    assert torch.equal(still, torch.full_like(still, 1 - 1e-3))
+    for one, other in zip(together, alone):
+        torch.testing.assert_close(one.data, other.data, rtol=0, atol=1e-5)
+    still, moved = (nn.Parameter(torch.ones(16, 16, 3, 3)) for _ in range(2))
+    still.grad, moved.grad = torch.zeros_like(still), torch.randn_like(moved)
+    common.Muon([still, moved], 0.1).step()
+    assert torch.equal(still, torch.full_like(still, 1 - 0.1 * 0.1))
+    assert not torch.equal(moved, still)
+
+
+def test_muon_goes_on_from_its_state():
+    torch.manual_seed(0)
+    one = nn.Parameter(torch.randn(16, 16, 3, 3))
+    one.grad = torch.randn_like(one)
+    first = common.Muon([one], 0.1)
+    first.step()
+    two = nn.Parameter(one.detach().clone())
+    one.grad = torch.randn_like(one)
+    two.grad = one.grad.clone()
+    second = common.Muon([two], 0.0)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    first.step()
+    second.step()
+    assert torch.equal(one, two)
+
+
+def test_large_convolutions_are_muons_at_ten_times_the_rate_and_all_else_adamws(fast_dev):
+    """Both by hand, with gradients that do not change, and rates that fall on a line."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(40, 16, 1), nn.Conv2d(15, 64, 3),
+                          nn.Conv2d(64, 15, 3), nn.Linear(64, 64), nn.GroupNorm(8, 64))
+    grads = [torch.randn_like(weight) for weight in model.parameters()]
+    expected = [nn.Parameter(weight.detach().clone()) for weight in model.parameters()]
+    for weight, grad in zip(expected, grads):
+        weight.grad = grad
+    large, small = [expected[0], expected[2]], [expected[1], *expected[3:]]
+    assert [weight.shape for weight in large] == [(32, 16, 3, 3), (16, 40, 1, 1)]
+    muon = common.Muon(large, 0.0, momentum=0.95, weight_decay=0.1)
+    adamw = torch.optim.AdamW(small, 0.0, weight_decay=0.01)
+    for i in range(4):
+        muon.param_groups[0]["lr"] = 10 * 0.01 * (1 - i / 4)
+        adamw.param_groups[0]["lr"] = 0.01 * (1 - i / 4)
+        muon.step()
+        adamw.step()
+
+    def loss(model, x):
+        return sum((weight * grad).sum() for weight, grad in zip(model.parameters(), grads))
+
+    fit(fast_dev(ddpm, "--batch-size", "1"), loss, [torch.zeros(4)], lr=0.01, model=model)
+    for weight, other in zip(model.parameters(), expected):
+        torch.testing.assert_close(weight.data, other.data, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("steps", "warm_up"), [(20, 2), (100, 10), (3000, 200)])
-def test_the_learning_rate_warms_up_and_falls_to_zero(steps, warm_up, fast_dev):
-    """With a constant gradient of 1, a step is the learning rate, but for the decay."""
-    args, model, rates = fast_dev(ddpm), OneWeight(), []
-    stage = one_weight_stage(args, steps, 0.01, model=model)
-    for _ in stage:
-        before = model.weight.item()
-        stage.step(model.weight.sum())
-        rates.append((before - model.weight.item()) / (1 + 0.01 * before))
+def test_the_learning_rate_warms_up_and_falls_to_zero(steps, warm_up, fast_dev, tmp_path):
+    """With a constant gradient of 1, a step is the learning rate, but for the decay. The steps
+    are those of two epochs."""
+    model, weights = OneWeight(), []
+
+    def loss(model, x):
+        if model.training:
+            weights.append(model.weight.item())
+        return model.weight.sum()
+
+    fit(fast_dev(ddpm, "--batch-size", "1"), loss, [torch.arange(steps // 2)], epochs=2, lr=0.01,
+        model=model)
+    weights.append(model.weight.item())
+    rates = [(before - after) / (1 + 0.01 * before) for before, after in pairwise(weights)]
     peak = max(rates)
     assert rates.index(peak) <= warm_up and 0.89 * 0.01 < peak <= 0.01001
     assert rates[0] == pytest.approx(0.01 / warm_up, rel=0.01)  # it begins with little
-    up, down = rates[: warm_up], rates[warm_up:]
+    up, down = rates[:warm_up], rates[warm_up:]
     assert up == sorted(up)
     for i, rate in enumerate(down, start=warm_up):  # a straight line to zero after the last step
         assert rate == pytest.approx(0.01 * (1 - i / steps), rel=0.02, abs=2e-6)
-    assert args.state["history"][-1]["lr"] == pytest.approx(0.01 / steps)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["lr"] for line in lines] == pytest.approx(
+        [0.01 * (0.5 + 1 / steps), 0.01 / steps])
 
 
 @pytest.mark.parametrize(("steps", "horizon"), [(200, 20), (60, 6), (8, 0)])
 def test_the_average_of_the_weights_forgets_within_a_tenth_of_the_run(steps, horizon, fast_dev):
-    """The weight is 9 for a while, then 2: what is left of the 9 falls by 1/e in a horizon."""
-    args, model = fast_dev(ddpm), OneWeight()
+    """The weight is 9 for a while, then 2: what is left of the 9 falls by 1/e in a horizon. Each
+    step is an epoch, for the held-out loss sees the average after each."""
+    model, average = OneWeight(), []
     nn.init.constant_(model.weight, 9)
-    stage, average = one_weight_stage(args, steps, 1e-9, model=model), []
-    for i, _ in enumerate(stage):
-        with torch.no_grad():
-            model.weight.fill_(9.0 if i < steps // 2 else 2.0)
-        stage.step(0 * model.weight.sum())
-        average.append(stage.ema.weight.item())
+
+    def loss(model, x):
+        if not model.training:
+            average.append(model.weight.item())
+        else:
+            with torch.no_grad():
+                model.weight.fill_(9.0 if len(average) < steps // 2 else 2.0)
+        return 0 * model.weight.sum()
+
+    args = fast_dev(ddpm, "--batch-size", "1")
+    ema = fit(args, loss, [torch.zeros(1)], epochs=steps, lr=1e-9, model=model)
+    assert len(average) == steps
     assert average[: steps // 2] == pytest.approx([9] * (steps // 2))
     left = [(value - 2) / 7 for value in average[steps // 2 :]]
     assert left == sorted(left, reverse=True) and abs(left[-1]) < 0.02
@@ -484,64 +610,159 @@ def test_the_average_of_the_weights_forgets_within_a_tenth_of_the_run(steps, hor
         assert left[horizon - 1] == pytest.approx(math.exp(-1), abs=0.05)
     else:
         assert left[0] == pytest.approx(0, abs=1e-6)
-    assert not stage.ema.weight.requires_grad and not stage.ema.training
+    assert not ema.weight.requires_grad and not ema.training
 
 
-def test_the_averaged_network_has_averaged_statistics_of_batch_norms(fast_dev):
+def test_the_averaged_network_has_averaged_statistics_of_batch_norms(fast_dev, tmp_path):
     """Averages by hand, weights and statistics alike, and a count that is not averaged."""
+    model, states = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3)), []
+
+    def keep_state():
+        states.append({key: value.clone() for key, value in model.state_dict().items()})
+
+    def loss(network, x):
+        if network is model:
+            keep_state()  # what the last step left
+        return network(x).square().mean() + network(x).sum()
+
     args = fast_dev(ddpm, "--batch-size", "4")
-    model = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3))
-    stage = common.Stage(args, "norm", model, 5, 1e-2, torch.arange(16.0)[:, None])
-    decay = 1 - 10 / 20  # of 20 steps
-    expected = {key: value.clone() for key, value in model.state_dict().items()}
-    for (x,) in stage:
-        stage.step(model(x).square().mean() + model(x).sum())
-        for key, value in model.state_dict().items():
+    ema = fit(args, loss, [torch.arange(16.0)[:, None]], epochs=5, lr=1e-2, model=model)
+    keep_state()
+    assert len(states) == 21 and states[0].keys() == ema.state_dict().keys()
+    expected, decay = states[0], 1 - 10 / 20  # of 20 steps
+    for state in states[1:]:
+        for key, value in state.items():
             expected[key] = decay * expected[key] + (1 - decay) * value
-    assert model[1].training and not stage.ema[1].training
-    saved = torch.load(args.checkpoint, weights_only=True)["networks"]["norm"]
-    for key, value in stage.ema.state_dict().items():
-        assert torch.equal(saved[key], value)
+    assert model[1].training and not ema[1].training
+    saved = load(tmp_path / "checkpoint.pt")["stages"]["one"]["learned"]
+    for key, value in ema.state_dict().items():
+        assert torch.equal(saved[0][key], value)
         if "num_batches" not in key:
             torch.testing.assert_close(value, expected[key])
     assert model[1].running_mean.abs().min() > 0.01
 
 
-def test_each_epoch_is_kept(fast_dev, tmp_path):
-    args, model = fast_dev(ddpm, "--seed", "7"), OneWeight()
-    stage = one_weight_stage(args, 10, 1e-3, epochs=3, model=model)
-    for _ in stage:
-        stage.step((model.weight - 1).square().sum())
+def test_each_epoch_is_kept(fast_dev, tmp_path, every_checkpoint):
+    """Its figures, its weights, and the images that draw() gave."""
+    drawn = []
+
+    def draw(network):
+        drawn.append(network.weight.item())
+        return 10 * network.weight.expand(10, 1, 28, 28)
+
+    args = fast_dev(ddpm, "--seed", "7", "--batch-size", "1")
+    fit(args, lambda model, x: (model.weight - 1).square().sum(), [torch.arange(10)], epochs=3,
+        draw=draw)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert [json.loads(line) for line in lines] == saved["history"]
-    assert [(x["stage"], x["epoch"]) for x in saved["history"]] == [("one", i) for i in (1, 2, 3)]
-    for epoch in saved["history"]:
+    saved = load(tmp_path / "checkpoint.pt")
+    assert [json.loads(line) for line in lines] == common.history(saved)
+    assert [*saved["stages"]] == ["one"] and len(set(drawn)) == 3
+    for n in (1, 2, 3):
+        stage = load(tmp_path / f"{n}.pt")["stages"]["one"]
+        assert stage["epochs"] == saved["stages"]["one"]["epochs"][:n]
+        assert stage["learned"][0]["weight"].item() == drawn[n - 1]
+        expected = [common.to_uint8(torch.full((10, 1, 28, 28), 10 * w)) for w in drawn[:n]]
+        assert torch.equal(torch.stack(stage["frames"]), torch.stack(expected))
+    for i, epoch in enumerate(common.history(saved), start=1):
+        assert (epoch["stage"], epoch["epoch"]) == ("one", i)
         assert epoch["images_per_second"] == pytest.approx(10 / epoch["seconds"])
-    assert 0.99 < saved["history"][0]["loss"] < 1  # the mean of (w - 1)² from w = 0 on
+        assert epoch["test_loss"] == pytest.approx((drawn[i - 1] - 1) ** 2)
+    assert 0.99 < common.history(saved)[0]["loss"] < 1  # the mean of (w - 1)² from w = 0 on
     assert saved["script"] == "01_ddpm_ddim" and saved["args"]["seed"] == 7
-    assert "device" not in saved["args"] and saved["device"] == "cpu"
+    assert saved["device"] == "cpu"
+    assert not list(tmp_path.glob("*.p*g"))  # they would take longer than the epochs
 
 
-def test_resume_takes_a_new_learning_rate_and_more_epochs(fast_dev, tmp_path):
-    for epochs, lr, more in ((1, 1e-3, ()), (2, 0.1, ("--resume",))):
-        args, model = fast_dev(ddpm, "--epochs", str(epochs), *more), OneWeight()
-        stage = one_weight_stage(args, 10, lr, epochs, model)
-        weights = []
-        for _ in stage:
+def test_the_held_out_loss_is_the_averages_and_disturbs_no_random_numbers(fast_dev):
+    """Its own random numbers are always the same; those of the training are the same without."""
+    def loss(model, x):
+        return (model.weight - x + torch.rand(len(x))).square().mean()
+
+    args, weights = fast_dev(ddpm, "--batch-size", "2"), []
+    for n in (1, 900, 3000):
+        test, state = torch.linspace(0, 1, n), common.open_run(args, network={}, classes=[])
+        ema = fit(args, loss, [torch.arange(8.0)], 3, 0.1, state=state, test=[test])
+        weights.append(ema.weight.item())
+        torch.manual_seed(0)
+        total = sum(len(x) * loss(ema, x).item() for x in test[:2000].split(500))
+        line = common.history(state)[-1]
+        assert line["test_loss"] == pytest.approx(total / min(n, 2000))
+        assert abs(line["test_loss"] - line["loss"]) > 0.1
+    assert weights[0] == weights[1] == weights[2] != 0
+
+
+@pytest.mark.parametrize(("seconds", "pictures"), [
+    (20, set()), (20.1, {"loss.png", "progress.png", "progress.gif"})])
+def test_a_long_epoch_is_drawn_at_once(seconds, pictures, fast_dev, tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now)
+
+    def loss(model, x):
+        nonlocal now
+        now += seconds * model.training
+        return model.weight.sum() + 2
+
+    fit(fast_dev(ddpm, "--batch-size", "1"), loss, [torch.zeros(1)],
+        draw=lambda network: torch.rand(10, 1, 28, 28))
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == pictures | {"checkpoint.pt", "metrics.jsonl"}
+
+
+def test_resume_takes_a_new_learning_rate_and_more_epochs(fast_dev):
+    def loss(model, x):
+        if model.training:
             weights.append(model.weight.item())
-            stage.step(model.weight.sum())
+        return model.weight.sum()
+
+    for epochs, lr, more in ((1, 1e-3, ()), (2, 0.1, ("--resume",))):
+        weights = []
+        args = fast_dev(ddpm, "--batch-size", "1", *more)
+        fit(args, loss, [torch.arange(10)], epochs, lr)
     assert len(weights) == 10 and weights[0] < -1e-3  # it began where the first had ended
     assert weights[0] - weights[1] > 0.02  # half of the new rate is left after half of the run
 
 
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(fast_dev, tmp_path):
-    ddpm.train(fast_dev(ddpm, "--epochs", "1", "--train-images", "16"))
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    args = fast_dev(ddpm, "--resume", "--epochs", "9", "--train-images", "64", "--lr", "1e9")
-    message = one_line(ddpm.train, args)
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(good_checkpoint, tmp_path):
+    shutil.copy(good_checkpoint, tmp_path)
+    before = good_checkpoint.read_bytes()
+    message = one_line(ddpm.main, ["--resume", "--device", "cpu", "--out-dir", str(tmp_path),
+                                   "--epochs", "9", "--lr", "1e9"])
     assert "lower --lr" in message and "nan" in message
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError, RuntimeError, KeyError, OSError])
+@pytest.mark.parametrize("place", ["diffusion_loss", "ddim_sample"])
+def test_a_bug_in_a_script_raises_its_own_exception(place, bug, tmp_path, monkeypatch):
+    """And is not blamed on a file or an option, in one line, as the faults of users are."""
+    def broken(*_, **__):
+        raise bug("mine")
+
+    monkeypatch.setattr(ddpm, place, broken)
+    monkeypatch.setattr(sys, "argv", ["01", *options(tmp_path, "--train-images", "16")])
+    with pytest.raises(bug, match="mine"):
+        common.run(ddpm.main)
+
+
+def test_a_run_in_a_thread_goes_on_and_draws_its_progress(tmp_path):
+    """As a notebook may start it: after k epochs there are k frames, in a picture and a film."""
+    train(ddpm, tmp_path, "--fast-dev", *TINY, *SHORT)
+    before = load(tmp_path / "checkpoint.pt")["stages"]["diffusion"]["frames"]
+    typed = options(tmp_path, "--resume", "--epochs", "3", "--ddim-steps", "2",
+                    "--ddim-sweep", "1", "--eval-samples", "0")
+    with ThreadPoolExecutor() as pool:
+        pool.submit(ddpm.main, typed).result()
+    stage = load(tmp_path / "checkpoint.pt")["stages"]["diffusion"]
+    assert len(stage["frames"]) == len(stage["epochs"]) == len(before) + 1 == 3
+    torch.testing.assert_close(stage["frames"][:2], before, rtol=0, atol=0)
+    network = common.load("01_ddpm_ddim", "diffusion", tmp_path / "checkpoint.pt")
+    noise = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    images = ddpm.ddim_sample(network, ddpm.make_schedule(10), noise[:10], 10)
+    assert torch.equal(stage["frames"][-1], common.to_uint8(images))
+    with Image.open(tmp_path / "progress.gif") as film:
+        assert film.n_frames == 3
+    with Image.open(tmp_path / "progress.png") as picture:
+        assert picture.width > 2 * 300 and picture.height > 2 * 90  # three rows of ten
 
 
 def test_a_file_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -561,10 +782,11 @@ def test_a_file_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------- resume, bit by bit
 
-TINY = ["--train-images", "64", "--epochs", "2", "--batch-size", "16"]
-PAIRS = ["--pairs", "96", "--reflow-epochs", "2"]
-TINY_OF = {ddpm: [], cfg: [], latent: ["--vae-epochs", "2"], compare: [], flow: PAIRS,
-           latent_flow: PAIRS, meanflow: ["--meanflow-epochs", "2"]}
+TINY = ["--train-images", "24", "--epochs", "2", "--batch-size", "4"]  # enough steps to average
+PAIRS = ["--pairs", "24", "--reflow-epochs", "2"]
+SHORT = ["--timesteps", "10"]
+TINY_OF = {ddpm: SHORT, cfg: SHORT, latent: [*SHORT, "--vae-epochs", "2"],
+           compare: [], flow: PAIRS, latent_flow: PAIRS, meanflow: ["--meanflow-epochs", "2"]}
 STAGES = {ddpm: ["diffusion"], cfg: ["diffusion"], latent: ["vae", "diffusion"],
           flow: ["flow", "reflow"], latent_flow: ["flow", "reflow"], compare: ["judge"],
           meanflow: ["flow", "meanflow"]}
@@ -573,114 +795,186 @@ STAGES = {ddpm: ["diffusion"], cfg: ["diffusion"], latent: ["vae", "diffusion"],
 @pytest.mark.parametrize("module", MODULES)
 def test_resume_after_any_epoch_is_bit_identical(module, tmp_path, every_checkpoint):
     """Killed after any epoch, and so in, or between, any stages; what is done stays done."""
-    typed = options(tmp_path, *TINY, *TINY_OF[module])
-    networks = module.train(module.parse_args(typed))
+    networks = train(module, tmp_path, "--fast-dev", *TINY, *TINY_OF[module])
     last = 2 * len(STAGES[module])
-    whole = torch.load(tmp_path / f"{last}.pt", weights_only=True)
-    assert [x["stage"] for x in whole["history"]] == [s for s in STAGES[module] for _ in range(2)]
+    whole = load(tmp_path / f"{last}.pt")
+    history = common.history(whole)
+    assert [x["stage"] for x in history] == [s for s in STAGES[module] for _ in range(2)]
+    assert all(x["test_loss"] > 0 or module is meanflow for x in history)  # there a logarithm
+    for name in STAGES[module]:
+        assert len(whole["stages"][name]["frames"]) == (0 if module is compare else 2)
     kept = {n: (tmp_path / f"{n}.pt").read_bytes() for n in range(1, last + 1)}
     for done, checkpoint in kept.items():
         for n in kept:
             (tmp_path / f"{n}.pt").unlink(missing_ok=True)
         (tmp_path / "checkpoint.pt").write_bytes(checkpoint)
-        typed = ["--resume", "--device", "cpu", "--out-dir", str(tmp_path)]
-        again = module.train(module.parse_args(typed))
+        again = train(module, tmp_path, "--resume")
         trained = sorted(int(path.stem) for path in tmp_path.glob("[0-9].pt"))
         assert trained == list(range(done + 1, last + 1))  # and nothing was trained twice
-        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        state = load(tmp_path / "checkpoint.pt")
         assert_same(whole, state)
         for name, network in networks.items():
-            torch.testing.assert_close(network.state_dict(), again[name].state_dict(),
-                                       rtol=0, atol=0)
-            if done < last or module is not latent:
-                torch.testing.assert_close(state["networks"][name], network.state_dict(),
+            for weights in (again[name].state_dict(), state["stages"][name]["learned"][0]):
+                torch.testing.assert_close(dict(network.state_dict()), dict(weights),
                                            rtol=0, atol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize(("module", "option"), [
+    (latent, "--vae-epochs"), (flow, "--epochs"), (latent_flow, "--epochs"),
+    (meanflow, "--epochs")])
+def test_a_stage_that_trains_on_makes_the_later_ones_begin_again(
+    module, option, tmp_path, every_checkpoint
+):
+    """For they learned from what it was; and a kill then leaves no network of the older one."""
+    one, two = STAGES[module]
+    single = ["1" if x == "2" else x for x in [*TINY, *TINY_OF[module]]]
+    before = train(module, tmp_path, "--fast-dev", *single)[two].state_dict()
+    after = train(module, tmp_path, "--resume", option, "2")[two].state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    history = common.history(load(tmp_path / "checkpoint.pt"))
+    assert [(x["stage"], x["epoch"]) for x in history] == [(one, 1), (one, 2), (two, 1)]
+    killed = load(tmp_path / "2.pt")["stages"]
+    assert two not in killed and len(killed[one]["epochs"]) == 2
 
 
 def test_02_measures_its_latents_and_keeps_that(tmp_path, every_checkpoint):
     """Mean and deviation of the latents, also after a kill at the end of the VAE's stage."""
-    args = latent.parse_args(options(tmp_path, *TINY, "--vae-epochs", "2"))
-    images, _ = common.load_images(args)
-    vae = latent.train(args)["vae"]
+    more = ["--fast-dev", *TINY, "--vae-epochs", "2"]
+    (images, _), *_ = common.load_images(latent.parse_args(more))
+    vae = train(latent, tmp_path, *more)["vae"]
     with torch.no_grad():
-        mu, logvar = vae.encode(images)  # all 64 in one piece
+        mu, logvar = vae.encode(images)  # all 24 in one piece
     mean, std = mu.mean(0), (mu.var(0) + logvar.exp().mean(0)).sqrt()
     assert mean.abs().min() > 0 and (std - 1).abs().min() > 0
     shutil.copy(tmp_path / "2.pt", tmp_path / "checkpoint.pt")
     message = one_line(latent.main, ["--sample-only", "--device", "cpu", "--out-dir",
                                      str(tmp_path)])
     assert "--resume" in message and "diffusion" in message  # there is only the VAE so far
-    latent.train(latent.parse_args(["--resume", "--device", "cpu", "--out-dir", str(tmp_path)]))
+    train(latent, tmp_path, "--resume")
     for file in ("checkpoint.pt", "3.pt", "4.pt"):
-        saved = torch.load(tmp_path / file, weights_only=True)["networks"]["vae"]
+        saved = load(tmp_path / file)["stages"]["vae"]["learned"][0]
         assert torch.allclose(saved["mean"], mean, atol=1e-5)
         assert torch.allclose(saved["std"], std, atol=1e-5)
 
 
-def test_a_longer_vae_training_makes_the_diffusion_of_02_begin_again(tmp_path):
-    latent.train(latent.parse_args(options(tmp_path, *TINY, "--vae-epochs", "1")))
-    more = ["--resume", "--vae-epochs", "2", "--device", "cpu", "--out-dir", str(tmp_path)]
-    latent.train(latent.parse_args(more))
-    history = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["history"]
-    stages = [(epoch["stage"], epoch["epoch"]) for epoch in history]
-    assert stages == [("vae", 1), ("vae", 2), ("diffusion", 1), ("diffusion", 2)]
-
-
-@pytest.mark.parametrize("module", [flow, latent_flow])
-def test_a_reflow_starts_from_the_flow_and_learns_from_its_pairs(module, tmp_path, monkeypatch):
-    """Of this flow, not of an older one that left its pairs in the same folder."""
-    for more in ([], ["--lr", "0.01", "--reflow-lr", "1e-9"]):
-        args = module.parse_args(options(tmp_path, *TINY, *PAIRS, *more))
-        networks = module.train(args)
-    start, trained = (networks[name].state_dict() for name in ("flow", "reflow"))
-    torch.testing.assert_close(start, trained, rtol=0, atol=1e-6)  # with hardly any learning rate
-    pairs = torch.load(next((tmp_path / "pairs").glob("*.pt")), weights_only=True)
-    net = common.as_function(networks["flow"], args)
-    ends = module.adams_sample(net, pairs["x0"].float(), 3)
-    assert torch.allclose(ends, pairs["x1"].float(), atol=0.01)
-    assert not torch.allclose(ends, pairs["x0"].float(), atol=0.1)  # it does move
-    monkeypatch.delattr(module, "make_pairs")  # for --resume uses those that are there
-    module.train(module.parse_args(["--resume", *options(tmp_path)[1:]]))
-
-
-def test_the_vae_of_02_learns(fast_dev):
-    """After 400 steps it must be far better than the mean image, which any VAE begins with."""
-    args = fast_dev(latent, "--train-images", "1600", "--epochs", "1", "--vae-epochs", "4")
-    images, _ = common.load_images(args)
-    vae = latent.train(args)["vae"]
+def test_the_vae_of_02_learns(tmp_path):
+    """After 250 steps it must be far better than the mean image, which any VAE begins with."""
+    more = ["--fast-dev", "--train-images", "400", "--epochs", "1", *SHORT,
+            "--vae-epochs", "10", "--vae-lr", "0.004"]
+    (images, _), *_ = common.load_images(latent.parse_args(more))
+    vae = train(latent, tmp_path, *more)["vae"]
     mu, logvar = latent.encode_all(vae, images)
-    error = (vae.decode(mu[:500]) - images[:500]).square().mean()
-    baseline = (images[:500] - images.mean(0)).square().mean()
-    assert error < 0.6 * baseline, (error, baseline)  # 0.45 of it, with this seed
+    error = (vae.decode(mu) - images).square().mean()
+    baseline = (images - images.mean(0)).square().mean()
+    assert error < 0.5 * baseline, (error, baseline)  # 0.29 and 0.36 of it, with two seeds
+    mu, logvar = mu.repeat(4, 1), logvar.repeat(4, 1)
     x0 = vae.to_latent(mu, logvar, torch.Generator().manual_seed(0)).flatten(1)
     assert x0.mean(0).abs().max() < 0.1 and (x0.std(0) - 1).abs().max() < 0.1
 
 
 def test_04b_takes_the_vae_of_02_and_keeps_it(tmp_path):
     file, out = tmp_path / "vae" / "checkpoint.pt", tmp_path / "flow"
-    latent.train(latent.parse_args(options(file.parent, *TINY, "--vae-epochs", "1")))
-    typed = options(out, *TINY, *TINY_OF[latent_flow], "--vae", str(file))
-    vae = latent_flow.train(latent_flow.parse_args(typed))["vae"]
-    theirs = torch.load(file, weights_only=True)["networks"]["vae"]
-    ours = torch.load(out / "checkpoint.pt", weights_only=True)["networks"]["vae"]
-    torch.testing.assert_close(vae.state_dict(), theirs, rtol=0, atol=0)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, check_dtype=False)
+    train(latent, file.parent, "--fast-dev", *TINY, "--vae-epochs", "1")
+    vae = train(latent_flow, out, "--fast-dev", *TINY, *PAIRS, "--vae", str(file))["vae"]
+    theirs = load(file)["stages"]["vae"]["learned"][0]
+    ours = load(out / "checkpoint.pt")["stages"]["vae"]["learned"][0]
+    for weights in (ours, vae.state_dict()):
+        torch.testing.assert_close(dict(weights), dict(theirs), rtol=0, atol=0)
     file.unlink()  # from now on, 04b needs it no longer
-    args = latent_flow.parse_args(["--resume", "--device", "cpu", "--out-dir", str(out)])
-    again = latent_flow.train(args)["vae"]
-    torch.testing.assert_close(again.state_dict(), theirs, rtol=0, atol=0)
+    again = train(latent_flow, out, "--resume", "--epochs", "3")["vae"]
+    torch.testing.assert_close(dict(again.state_dict()), dict(theirs), rtol=0, atol=0)
 
 
-def test_04b_refuses_other_files(tmp_path, every_checkpoint):
+def test_04b_refuses_other_files(tmp_path, every_checkpoint, good_checkpoint):
     out = tmp_path / "02"
-    latent.train(latent.parse_args(options(out, *TINY, "--vae-epochs", "1")))
-    ddpm.train(ddpm.parse_args(options(tmp_path / "01", *TINY)))
-    for wrong in (tmp_path / "none.pt", tmp_path / "01" / "checkpoint.pt", out / "1.pt", out,
-                  ROOT / "README.md"):
-        typed = options(tmp_path / "out", *TINY, *TINY_OF[latent_flow], "--vae", str(wrong))
+    train(latent, out, "--fast-dev", *TINY, "--vae-epochs", "1")
+    for wrong in (tmp_path / "none.pt", good_checkpoint, out / "1.pt", out, ROOT / "README.md"):
+        typed = options(tmp_path / "out", *TINY, *PAIRS, "--vae", str(wrong))
         message = one_line(latent_flow.main, typed)
         assert str(wrong) in message
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+# ------------------------------------------------------------------------- pairs of a reflow
+
+
+@pytest.mark.parametrize("module", [flow, latent_flow])
+def test_a_reflow_starts_from_the_flow_and_learns_from_its_pairs(module, tmp_path, monkeypatch):
+    """Of this flow, not of an older one that left its pairs in the same folder. What else lies
+    there is the user's."""
+    (tmp_path / "pairs" / "mine").mkdir(parents=True)
+    foreign = [tmp_path / "pairs" / name for name in ("notes.txt", "0.pt", "mine/pairs.pt")]
+    for path in foreign:
+        path.write_text("mine")
+    for more in ([], ["--lr", "0.01", "--reflow-lr", "1e-9"]):
+        networks = train(module, tmp_path, "--fast-dev", *TINY, *PAIRS, *more)
+    start, trained = (networks[name].state_dict() for name in ("flow", "reflow"))
+    torch.testing.assert_close(start, trained, rtol=0, atol=1e-6)  # with hardly any learning rate
+    names = sorted(path.name for path in (tmp_path / "pairs").glob("pairs_*"))
+    origin = names[0][-11:]  # eight digits, made from the weights of the flow, and ".pt"
+    assert names == [f"pairs_{n}_to_{n + 24}_by_3_AB2_of_{origin}" for n in (0, 24)]
+    for name in names:
+        x0, x1 = load(tmp_path / "pairs" / name).float()
+        ends = module.adams_sample(networks["flow"], x0, 3)
+        assert torch.allclose(ends, x1, atol=0.01)
+        assert not torch.allclose(ends, x0, atol=0.1)  # it does move
+    assert all(path.read_text() == "mine" for path in foreign)
+    monkeypatch.delattr(module, "make_pairs")  # for --resume uses those that are there
+    train(module, tmp_path, "--resume", "--reflow-epochs", "3")
+
+
+def test_pairs_are_those_of_the_flow_wherever_they_lie(tmp_path):
+    """Also in the folder of another run, by a symbolic link, and with another solver."""
+    def pairs_of(network, folder, *more, make=latent_flow.make_pairs):
+        folder.mkdir(exist_ok=True)
+        args = latent_flow.parse_args(options(folder, "--pairs", "20", *more))
+        return common.kept_pairs(args, network, lambda n, rng: (
+            make(network, n, args.pair_steps, rng)))
+
+    def make_flow(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        network = latent_flow.make_models(8)["flow"].eval()
+        nn.init.normal_(network.conv_out.weight, std=0.1)
+        return network
+
+    old, new = make_flow(1), make_flow(2)
+    pairs, test = pairs_of(old, tmp_path / "old")
+    assert pairs.shape == test.shape == (2, 20, 1, 8, 8) and pairs.dtype == torch.half
+    noises = torch.cat([pairs[0], test[0]]).flatten(1)
+    assert len(noises.unique(dim=0)) == 40  # no pair twice, and no test with what was learned
+    expected = pairs_of(new, tmp_path / "clean")
+    assert not torch.equal(pairs[0], expected[0][0])  # other noise, too
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "pairs").symlink_to(tmp_path / "old" / "pairs")
+    by_link = pairs_of(new, tmp_path / "new")
+    by_more_steps = pairs_of(new, tmp_path / "new", "--pair-steps", "5")
+    for part, other, third in zip(by_link, expected, by_more_steps):
+        assert torch.equal(part, other)
+        assert torch.equal(part[0], third[0])  # the same noise
+        assert not torch.allclose(part[1], third[1], atol=1e-3)
+    for part, again in zip(by_link, pairs_of(new, tmp_path / "new", make=None)):
+        assert torch.equal(part, again)
+
+
+def test_pairs_are_made_anew_for_shipped_weights_that_train_on(tmp_path, monkeypatch):
+    """bench/export_weights.py and back, and --resume with more epochs where old pairs lie."""
+    run, back = tmp_path / "run", tmp_path / "back"
+    train(latent_flow, run, "--fast-dev", *TINY, *PAIRS)
+    for typed in ([run / "checkpoint.pt", "--to", tmp_path],
+                  ["--back", tmp_path / "04b_latent_rflow.pt", "--to", back]):
+        monkeypatch.setattr(sys, "argv", ["export_weights.py", *map(str, typed)])
+        runpy.run_path(str(ROOT / "bench" / "export_weights.py"), run_name="__main__")
+    shutil.copytree(run / "pairs", back / "pairs")
+    old = {path.name for path in (run / "pairs").iterdir()}
+    network = train(latent_flow, back, "--resume", "--epochs", "3")["flow"]
+    new = sorted((back / "pairs").iterdir())
+    assert len(new) == 2 and not old & {path.name for path in new}
+    for path in new:
+        x0, x1 = load(path).float()
+        assert torch.allclose(latent_flow.adams_sample(network, x0, 3), x1, atol=0.01)
+    stages = load(back / "checkpoint.pt")["stages"]
+    assert {name: len(x["epochs"]) for name, x in stages.items()} == {
+        "vae": 0, "flow": 3, "reflow": 2}
 
 
 # ------------------------------------------------------------------------ bad checkpoints
@@ -690,7 +984,7 @@ def test_04b_refuses_other_files(tmp_path, every_checkpoint):
 def good_checkpoint(tmp_path_factory):
     """A checkpoint of 01, with width 8."""
     folder = tmp_path_factory.mktemp("good")
-    ddpm.train(ddpm.parse_args(options(folder, *TINY)))
+    train(ddpm, folder, "--fast-dev", *TINY)
     return folder / "checkpoint.pt"
 
 
@@ -698,67 +992,64 @@ def without(part):
     return lambda state: {key: value for key, value in state.items() if key != part}
 
 
-def with_args(**changes):
-    return lambda state: state | {"args": state["args"] | changes}
+def learned(*parts):
+    """The checkpoint with these in place of what its stage had learned."""
+    return lambda state: state | {"stages": {"diffusion": state["stages"]["diffusion"] | {
+        "learned": [*parts]}}}
 
 
-@pytest.mark.parametrize("how", ["--resume", "--sample-only"])
-@pytest.mark.parametrize(("change", "typed"), [
-    pytest.param(lambda data: data[:5000], [], id="truncated"),
-    pytest.param(lambda data: data[: len(data) - 100], [], id="its last bytes are missing"),
-    pytest.param(lambda data: b"not a checkpoint", [], id="text"),
-    pytest.param(lambda data: b"", [], id="empty"),
-    pytest.param(lambda state: [1, 2], [], id="a list"),
-    pytest.param(lambda state: state | {"script": "02_latent_diffusion"}, [], id="of 02"),
-    pytest.param(without("script"), [], id="no script"),
-    pytest.param(without("args"), [], id="no args"),
-    pytest.param(without("networks"), [], id="no networks"),
-    pytest.param(without("history"), [], id="no history"),
-    pytest.param(with_args(width=16), [], id="width 16 in args"),
-    pytest.param(with_args(timesteps=None), [], id="timesteps None"),
-    pytest.param(with_args(timesteps="many"), [], id="timesteps many"),
-    pytest.param(with_args(ddim_sweep=3), [], id="a number for a list"),
-    pytest.param(lambda state: state | {"args": 3}, [], id="args 3"),
-    pytest.param(lambda state: state | {"networks": {"diffusion": 3}, "training": {}},
-                 ["--sample-only"], id="a network that is a number"),
-    pytest.param(lambda state: state, ["--width", "16"], id="--width 16"),
+BOTH = ["--resume", "--sample-only"]
+
+
+@pytest.mark.parametrize(("change", "how"), [
+    pytest.param(lambda data: data[:5000], BOTH, id="truncated"),
+    pytest.param(lambda data: data[: len(data) - 100], BOTH, id="its last bytes are missing"),
+    pytest.param(lambda data: b"not a checkpoint", BOTH, id="text"),
+    pytest.param(lambda data: b"", BOTH, id="empty"),
+    pytest.param(lambda state: [1, 2], BOTH, id="a list"),
+    pytest.param(lambda state: state | {"script": "02_latent_diffusion"}, BOTH, id="of 02"),
+    pytest.param(without("script"), BOTH, id="no script"),
+    pytest.param(without("args"), BOTH, id="no args"),
+    pytest.param(without("network"), BOTH, id="no network"),
+    pytest.param(without("stages"), BOTH, id="no stages"),
+    pytest.param(lambda state: state | {"stages": {}}, ["--sample-only"], id="no stage"),
+    pytest.param(lambda state: state | {"network": {"width": 16, "timesteps": 20}},
+                 ["--sample-only"], id="of width 16"),
+    pytest.param(lambda state: state | {"args": 3}, BOTH, id="args 3"),
+    pytest.param(learned({"conv_in.weight": torch.zeros(3)}, {}, {}, {}), BOTH, id="other shape"),
+    pytest.param(lambda state: learned(*state["stages"]["diffusion"]["learned"][:1])(state),
+                 ["--resume"], id="only the average, as we ship it"),
+    pytest.param(learned(3), ["--sample-only"], id="a network that is a number"),
 ])
 def test_a_bad_checkpoint_ends_in_one_line_and_is_left_alone(
-    change, typed, how, good_checkpoint, tmp_path, capsys
+    change, how, good_checkpoint, tmp_path, capsys
 ):
     path = tmp_path / "checkpoint.pt"
     if "data" in change.__code__.co_varnames:
         path.write_bytes(change(good_checkpoint.read_bytes()))
     else:
-        torch.save(change(torch.load(good_checkpoint, weights_only=True)), path)
+        torch.save(change(load(good_checkpoint)), path)
     before = path.read_bytes()
-    message = one_line(ddpm.main, [how, "--device", "cpu", "--out-dir", str(tmp_path), *typed])
-    assert str(path) in message
-    assert "Traceback" not in capsys.readouterr().err
-    assert path.read_bytes() == before
+    for option in how:
+        typed = [option, "--device", "cpu", "--epochs", "9", "--out-dir", str(tmp_path)]
+        assert str(path) in one_line(ddpm.main, typed)
+        assert "Traceback" not in capsys.readouterr().err
+        assert path.read_bytes() == before
 
 
 def test_an_option_that_an_earlier_version_had_is_ignored(good_checkpoint, tmp_path):
-    saved = with_args(ema_decay=0.999)(torch.load(good_checkpoint, weights_only=True))
+    saved = load(good_checkpoint)
+    saved["args"]["ema_decay"] = 0.999
     torch.save(saved, tmp_path / "checkpoint.pt")
-    args = ddpm.parse_args(["--resume", "--device", "cpu", "--out-dir", str(tmp_path)])
-    assert common.load_networks(args.state, ddpm.make_models(args))
+    again = train(ddpm, tmp_path, "--resume")["diffusion"]
+    torch.testing.assert_close(dict(again.state_dict()),
+                               dict(saved["stages"]["diffusion"]["learned"][0]), rtol=0, atol=0)
 
 
 def test_a_checkpoint_of_another_script_is_named(good_checkpoint):
     typed = ["--resume", "--device", "cpu", "--out-dir", str(good_checkpoint.parent)]
     message = one_line(latent.main, typed)
     assert "02_latent_diffusion" in message and "01_ddpm_ddim" in message
-
-
-def test_a_new_training_says_that_it_will_replace_the_old_one(tmp_path, capsys):
-    ddpm.parse_args(options(tmp_path))
-    assert "replace" not in capsys.readouterr().out
-    ddpm.main(options(tmp_path, "--epochs", "1", "--eval-samples", "0"))
-    for more, told in (((), True), (("--resume",), False), (("--sample-only",), False)):
-        capsys.readouterr()
-        ddpm.parse_args(options(tmp_path, *more))
-        assert (f"replace {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -768,28 +1059,20 @@ def test_resume_without_a_checkpoint_ends_in_one_line(module, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ----------------------------------------------------------------------------- the hardware
-
-CPUINFO = "processor\t: {0}\nvendor_id\t: X\nmodel name\t: {1}\ncpu MHz\t\t: 2000.0\n"
-
-
-def test_two_processors_are_two_machines(fast_dev, monkeypatch):
-    args, read, found = fast_dev(ddpm), common.Path.read_text, []
-    monkeypatch.setattr(common.Path, "exists", lambda path, **more: True)
-    for cpu in ("AMD EPYC 7763 64-Core Processor", "Intel(R) Xeon(R) CPU @ 2.20GHz"):
-        text = CPUINFO.format(0, cpu) + "\n" + CPUINFO.format(1, cpu)
-        monkeypatch.setattr(common.Path, "read_text", lambda path, *a, text=text, **k: (
-            text if str(path) == "/proc/cpuinfo" else read(path, *a, **k)))
-        found.append(common.origin(args)["hardware"])
-        assert cpu in found[-1] and "\n" not in found[-1]
-    assert found[0] != found[1]
-
-
-def test_a_machine_without_cpuinfo_has_a_name_too(fast_dev, monkeypatch):
-    args, exists = fast_dev(ddpm), common.Path.exists
-    monkeypatch.setattr(common.Path, "exists", lambda path, **more: (
-        str(path) != "/proc/cpuinfo" and exists(path, **more)))
-    assert "cores" in common.origin(args)["hardware"]
+def test_a_network_to_load_is_that_of_the_file_or_one_line_says_why_not(
+    good_checkpoint, tmp_path, capfd
+):
+    network = common.load("01_ddpm_ddim", "diffusion", good_checkpoint)
+    weights = load(good_checkpoint)["stages"]["diffusion"]["learned"][0]
+    torch.testing.assert_close(dict(network.state_dict()), dict(weights), rtol=0, atol=0)
+    assert not network.training and not [p for p in network.parameters() if p.requires_grad]
+    (tmp_path / "text.pt").write_text("mine")
+    for wrong in (tmp_path / "none.pt", tmp_path, tmp_path / "text.pt",
+                  ROOT / "weights/02_latent_diffusion.pt"):
+        message = one_line(common.load, "01_ddpm_ddim", "diffusion", wrong)
+        assert str(wrong) in message
+    assert capfd.readouterr() == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.pt"]
 
 
 def test_numbers_that_slow_down_a_cpu_become_zero(fast_dev):
@@ -797,7 +1080,7 @@ def test_numbers_that_slow_down_a_cpu_become_zero(fast_dev):
     if torch.set_flush_denormal(False):  # false where the CPU cannot do it
         x = torch.tensor([1e-30])
         assert (x * 1e-10).item() > 0
-        fast_dev(ddpm)
+        common.open_run(fast_dev(ddpm), network={}, classes=[])
         assert (x * 1e-10).item() == 0
 
 
@@ -817,34 +1100,35 @@ class FakeClock:
         return torch.randn(2, generator=rng)
 
 
-@pytest.mark.parametrize(("gpu", "seconds", "runs", "expected"), [
-    (False, [0.5, 0.1, 0.9, 0.3], 4, 0.3),  # the median of all but the first
-    (False, [2.5], 1, 2.5),  # there is nobody who would wait for more of these
-    (False, [1.5, 1], 2, 1),
-    (False, [1, 1.5], 2, 1.5),
-    (False, [0.01, 0.1, 0.9, 0.3], 4, 0.3),
-    (True, [60, 1], 2, 1),  # the first run warms up
-    (True, [60, 7], 2, 7),
-    (True, [1, 7], 2, 7),
-    (True, [0.5, 0.1, 0.9, 0.3], 4, 0.3),
+@pytest.mark.parametrize(("gpu", "fast", "seconds", "runs", "expected"), [
+    (False, False, [0.5, 0.1, 0.9, 0.3], 4, 0.3),  # the median of all but the first
+    (False, False, [2.5], 1, 2.5),  # there is nobody who would wait for more of these
+    (False, False, [1.5, 1], 2, 1),
+    (False, False, [1, 1.5], 2, 1.5),
+    (False, False, [0.01, 0.1, 0.9, 0.3], 4, 0.3),
+    (False, True, [0.01], 1, 0.01),
+    (True, False, [60, 1, 3, 2], 4, 2),  # the first run warms up, and may record a graph
+    (True, False, [1, 7, 7, 7], 4, 7),
+    (True, True, [0.5, 0.1, 0.9, 0.3], 4, 0.3),
 ])
-def test_a_slow_first_run_does_not_count(gpu, seconds, runs, expected, monkeypatch):
+def test_a_slow_first_run_does_not_count(gpu, fast, seconds, runs, expected, monkeypatch):
     clock = FakeClock(monkeypatch, *seconds)
-    noise = SimpleNamespace(is_cpu=not gpu, device="cpu")
-    images, measured = common.time_sampler(clock.sample, noise, 5)
+    noise = SimpleNamespace(is_cuda=gpu, device="cpu")
+    args = SimpleNamespace(seed=4, fast_dev=fast)
+    images, measured = common.time_draw(args, clock.sample, noise)
     assert clock.runs == runs and measured == pytest.approx(expected)
     first = torch.randn(2, generator=torch.Generator().manual_seed(5))
     assert torch.equal(images, first)  # the same images, however many runs there were
 
 
 @pytest.fixture
-def measured(tmp_path, monkeypatch):
-    """Runs common.measure on made-up samplers; returns what it did and left."""
+def measured(good_checkpoint, tmp_path, monkeypatch):
+    """Runs common.draw_and_time on made-up samplers; returns what it did and left."""
 
-    def measure(*more, seed: int = 0, eval_samples: int = 120, steps=(3, 3)):
-        args = ddpm.parse_args(options(tmp_path, *TINY, "--epochs", "1", "--seed", str(seed),
-                                       "--eval-samples", str(eval_samples)))
-        ddpm.train(args)
+    def measure(seed: int = 0, eval_samples: int = 120, calls=(3, 3)):
+        shutil.copy(good_checkpoint, tmp_path)
+        args = ddpm.parse_args(["--sample-only", "--device", "cpu", "--out-dir", str(tmp_path),
+                                "--seed", str(seed), "--eval-samples", str(eval_samples)])
         seen, titles, save_grid = [], {}, common.save_grid
 
         def drawn(kind):
@@ -863,13 +1147,14 @@ def measured(tmp_path, monkeypatch):
 
         monkeypatch.setattr(common, "save_grid", spy)
         noise = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
-        still = {"name": "still, 3 steps", "method": "test", "sampler": "A", "steps": steps[0]}
-        wild = {"name": "wild, s = 2", "method": "test", "sampler": "B", "steps": steps[1]}
-        samplers = [(still, drawn("still")), (wild | {"classes": 10}, drawn("wild"))]
-        common.measure(args, samplers, noise, "the overview", extra=[1, 2])
+        still = {"name": "still, 3 steps", "method": "test", "sampler": "A", "steps": 3,
+                 "network_calls": calls[0]}
+        wild = {"name": "wild, s = 2", "method": "test", "sampler": "B", "steps": 3,
+                "network_calls": calls[1], "classes": 3}
+        samplers = [(still, drawn("still")), (wild, drawn("wild"))]
+        common.draw_and_time(args, samplers, noise, "the overview", extra=[1, 2])
         monkeypatch.setattr(common, "save_grid", save_grid)
-        sets = {path.name: torch.load(path, weights_only=True)
-                for path in sorted(tmp_path.glob("eval_*.pt"))}
+        sets = {path.name: load(path) for path in sorted(tmp_path.glob("eval_*.pt"))}
         return SimpleNamespace(args=args, noise=noise, seen=seen, titles=titles, sets=sets,
                                timings=json.loads((tmp_path / "timings.json").read_text()))
 
@@ -878,23 +1163,14 @@ def measured(tmp_path, monkeypatch):
 
 def test_slow_samplers_get_at_most_1000_images_on_a_cpu(measured, monkeypatch):
     monkeypatch.setattr(common, "to_uint8", lambda x: torch.zeros(x.shape, dtype=torch.uint8))
-    run = measured(eval_samples=1010, steps=[100, 101])
+    run = measured(eval_samples=1010, calls=[100, 101])
     assert [len(one["images"]) for one in run.sets.values()] == [1010, 1000]
     assert len(run.sets["eval_wild_s_2.pt"]["labels"]) == 1000
-    run = measured(eval_samples=20, steps=[100, 101])
+    run = measured(eval_samples=20, calls=[100, 101])
     assert [len(one["images"]) for one in run.sets.values()] == [20, 20]
 
 
-def test_a_new_training_says_that_old_sets_remain(measured, capsys):
-    measured(eval_samples=0)
-    assert "old sets" not in capsys.readouterr().out
-    measured(eval_samples=20)
-    assert "old sets" not in capsys.readouterr().out
-    run = measured(eval_samples=0)
-    assert "old sets for 05 remain" in capsys.readouterr().out and len(run.sets) == 2
-
-
-def test_measure_draws_and_times_all_samplers_on_the_same_noise(measured, tmp_path):
+def test_all_samplers_are_drawn_and_timed_on_the_same_noise(measured, good_checkpoint, tmp_path):
     run = measured(eval_samples=0)
     assert not run.sets
     small = [(kind, x) for kind, x, _ in run.seen if len(x) == 16]
@@ -906,20 +1182,21 @@ def test_measure_draws_and_times_all_samplers_on_the_same_noise(measured, tmp_pa
             assert pictures[kind] in there
             assert len(x) == 64
     rows = run.timings["samplers"]
-    assert [(row["name"], row["sampler"], row["images"], row["steps"]) for row in rows] == [
-        ("still, 3 steps", "A", 16, 3), ("wild, s = 2", "B", 16, 3)]
+    assert [(row["name"], row["sampler"], row["steps"], row["network_calls"]) for row in rows] == [
+        ("still, 3 steps", "A", 3, 3), ("wild, s = 2", "B", 3, 3)]
     for row in rows:
         picture = f"samples_{row['file']}.png"
         assert f"{row['name']}: 16 images in {row['seconds']:.3f} s" in run.titles[picture]
         assert f"{row['seconds']:.3f} s" in run.titles["samples.png"]
-        assert row["large_batch"] == 64 and row["images_per_second"] > 0
+        assert row["images_per_second"] > 0
     assert "the overview" in run.titles["samples.png"]
     assert {path.name for path in tmp_path.glob("*.png")} == {
-        *pictures.values(), "samples.png", "loss.png"}
-    assert run.timings["extra"] == [1, 2]
-    assert run.timings["hardware"] == run.timings["trained_on"] == run.args.state["hardware"]
+        *pictures.values(), "samples.png", "loss.png", "progress.png"}
+    trained = load(good_checkpoint)
+    assert run.timings["extra"] == [1, 2] and "cores" in run.timings["hardware"]
+    assert run.timings["hardware"] == run.timings["trained_on"] == trained["hardware"]
     assert run.timings["torch"] == torch.__version__ and run.timings["device"] == "cpu"
-    seconds = sum(epoch["seconds"] for epoch in run.args.state["history"])
+    seconds = sum(epoch["seconds"] for epoch in common.history(trained))
     assert run.timings["training_seconds"] == pytest.approx(seconds)
 
 
@@ -936,7 +1213,7 @@ def test_evaluation_sets_follow_the_seed(measured):
         assert samples["hardware"] == one.timings["hardware"]
     still, wild = one.sets["eval_still_3_steps.pt"], one.sets["eval_wild_s_2.pt"]
     assert "labels" not in still  # none was asked for
-    assert wild["labels"].tolist() == [*range(10)] * 12
+    assert wild["labels"].tolist() == [i % 3 for n in (50, 50, 20) for i in range(n)]
     rng = torch.Generator().manual_seed(0)  # the seed of the run, for each sampler anew
     by_hand = [torch.randn(n, 1, 28, 28, generator=rng).tanh() for n in (50, 50, 20)]
     assert torch.equal(wild["images"], common.to_uint8(torch.cat(by_hand)))
@@ -946,22 +1223,23 @@ def test_evaluation_sets_follow_the_seed(measured):
 
 
 def test_labels_belong_to_the_images_that_03_drew(tmp_path, monkeypatch):
-    """A network that draws its label's shade, in batches that are no multiple of ten."""
-    args = cfg.parse_args(options(tmp_path, *TINY, "--epochs", "1", "--eval-samples", "128",
-                                  "--guidance", "1", "--guidance-sweep", "0", "3"))
-    networks = cfg.train(args)
-    shade = lambda x, t, labels: x - labels.view(-1, 1, 1, 1) / 5 + 1
-    monkeypatch.setattr(common, "as_function", lambda model, args: shade)
-    monkeypatch.setattr(cfg, "ddim_sample", lambda model, schedule, x, steps, **more: (
+    """A network that draws its label's shade, for seven classes: batches are no multiple."""
+    args = cfg.parse_args(options(tmp_path, "--eval-samples", "128", "--guidance", "1",
+                                  "--guidance-sweep", "0", "3"))
+    state = {"network": {}, "classes": [*"abcdefg"], "stages": {}} | common.origin(args)
+    common.save(tmp_path / "checkpoint.pt", state)
+    monkeypatch.setattr(common, "draw_progress", lambda *rest: None)  # nothing was trained
+    monkeypatch.setattr(cfg, "ddim_sample", lambda model, schedule, x, *more: (
         x - model(x, torch.zeros(len(x)))))
     monkeypatch.setattr(cfg, "draw_path", lambda *rest: None)
-    cfg.make_figures(args, **networks)
-    sets = [torch.load(path, weights_only=True) for path in tmp_path.glob("eval_DDIM*.pt")]
+    cfg.make_figures(args, lambda x, t, labels: x - labels.view(-1, 1, 1, 1) / 5 + 1)
+    sets = [load(path) for path in tmp_path.glob("eval_DDIM*.pt")]
     assert sorted(samples["guidance"] for samples in sets) == [0, 1, 3]
     for samples in sets:
         if samples["guidance"] == 0:
             assert "labels" not in samples
             continue
+        assert samples["labels"].tolist() == [i % 7 for n in (50, 50, 28) for i in range(n)]
         labels = samples["labels"] - 0.0
         if samples["guidance"] == 3:
             labels = cfg.NULL + 3 * (labels - cfg.NULL)
@@ -1005,29 +1283,21 @@ def test_a_grid_is_a_picture_with_a_title(tmp_path):
 
 
 @needs_mnist
-def test_150_steps_on_mnist_learn(tmp_path):
-    args = mnist(ROOT / "data", "--train-images", "2400", "--width", "16", "--batch-size", "16",
-                 "--epochs", "1", "--out-dir", str(tmp_path))
-    images, labels = common.load_images(args)
+def test_150_steps_on_mnist_learn():
+    args = ddpm.parse_args(["--device", "cpu", "--data-dir", str(ROOT / "data"),
+                            "--train-images", "1200"])
+    (images, labels), (test, _), _ = common.load_images(args)
     assert images.min() == -1 and images.max() == 1 and labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert len(test) == 10_000
     torch.manual_seed(0)
-    model, schedule = ddpm.make_models(args)["diffusion"], ddpm.make_schedule(1000)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    model, schedule = ddpm.make_models(8, 1000)["diffusion"], ddpm.make_schedule(1000)
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
     rng, losses = torch.Generator().manual_seed(0), []
-    for x0 in images[torch.randperm(2400, generator=rng)].split(16):  # 150 of them
+    for x0 in images[torch.randperm(1200, generator=rng)].split(8):  # 150 of them
         t = torch.randint(1000, (len(x0),))
         loss = ddpm.diffusion_loss(model, schedule, x0, t, torch.randn_like(x0))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-30:]) / 30 < 0.25  # 0.19 and 0.18 with two seeds; 0.56 without the skips
-
-
-@pytest.mark.parametrize("module", [flow, latent_flow])
-def test_a_flow_that_trains_on_gets_a_new_reflow(module, tmp_path):
-    first = module.train(module.parse_args(options(tmp_path, *TINY, *PAIRS)))
-    before = {name: weight.clone() for name, weight in first["reflow"].state_dict().items()}
-    more = ["--resume", "--epochs", "5", "--device", "cpu", "--out-dir", str(tmp_path)]
-    after = module.train(module.parse_args(more))["reflow"].state_dict()
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert sum(losses[-30:]) / 30 < 0.25  # 0.20 to 0.23 with three seeds; 0.60 without the skips

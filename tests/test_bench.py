@@ -1,0 +1,180 @@
+"""The scripts in bench/, on CUDA where they may run there: on a double of it, and on a GPU."""
+
+import contextlib
+import importlib
+import json
+import sys
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from double import on_cuda
+from scripts import ROOT, ddpm, flow, latent, options
+
+import common
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The scripts in bench/ by their names, without the libraries that one of them measures."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    for library in ("accelerate", "denoising_diffusion_pytorch", "diffusers",
+                    "diffusers.optimization"):
+        monkeypatch.setitem(sys.modules, library, MagicMock())
+    return importlib.import_module
+
+
+@pytest.fixture(params=["double", pytest.param("GPU", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no GPU"))])
+def cuda(request):
+    if request.param == "GPU":
+        yield
+    else:
+        with on_cuda():
+            yield
+
+
+@pytest.fixture
+def run(bench, monkeypatch):
+    """run("recipe", "01"): its main(), with what is typed."""
+    def run(script, *typed):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, typed)])
+        bench(script).main()
+    return run
+
+
+@pytest.fixture
+def digits(monkeypatch):
+    """digits(8): so many printed ones stand for MNIST, to learn from and for tests."""
+    def set_number(n):
+        monkeypatch.setattr(common, "load_images", lambda args: (
+            *[[x.to(args.device) for x in common.synthetic_digits(n, seed)] for seed in (0, 1)],
+            list("0123456789")))
+    return set_number
+
+
+def test_the_measurements_in_bench(cuda, bench, run, digits, tmp_path, monkeypatch, capsys):
+    """With one step of DDIM for a hundred, eight digits for MNIST, and 32 images at most."""
+    for script in (ddpm, latent):
+        monkeypatch.setattr(script, "ddim_sample", lambda *three, sample=script.ddim_sample: (
+            sample(*three[:3], steps=1)))
+    time = common.time_draw
+    monkeypatch.setattr(common, "time_draw", lambda args, draw, noise: (
+        time(args, draw, noise[:32])))
+    counter = MagicMock()  # torch's own leaves the double
+    counter().__enter__().get_total_flops.return_value = 2e6
+    monkeypatch.setattr(bench("latent_cost"), "FlopCounterMode", counter)
+    run("latent_cost")
+    assert capsys.readouterr().out.count("128 images in") == 2
+    digits(8)
+    run("loss_by_t")
+    assert len(list(tmp_path.glob("runs/loss_by_t/*.png"))) == 2
+    libraries = bench("libraries")
+    monkeypatch.setattr(libraries, "FlopCounterMode", counter)
+    digits(128)
+    weights, rate = libraries.train_ours("cuda", 2, tmp_path / "ours")
+    assert weights == 1_241_537 and rate > 0
+    assert libraries.sample_ours("cuda") > 0
+    assert libraries.floor("cuda", 64)[0] > 0
+
+
+def test_the_training_step_that_is_measured_can_be_recorded(cuda, bench):
+    args, model = ddpm.parse_args(["--device", "cuda"]), ddpm.UNet(8, 4).to("cuda")
+    schedule = ddpm.make_schedule(1000, "cuda")
+    step = bench("speed_ups").training_step(model, schedule, contextlib.nullcontext())
+    step, x = common.recorded(step, args), torch.ones(4, 1, 28, 28, device="cuda")
+    before = [w.tolist() for w in model.parameters()]
+    losses = {step(x).item() for _ in range(6)}
+    assert len(losses) == 6  # a graph draws new noise, too
+    assert all(w.tolist() != old for w, old in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize(("arm", "samplers"), [
+    ("01+eps+net=8/8/16/0", ["DDIM-50"]), ("04+adamw+minus+net=0/8/8+t=uniform",
+                                         ["Euler-2", "Euler-5", "Euler-10"]),
+    ("04+skip+net=8/8/16/0", ["Euler-2", "Euler-5", "Euler-10"])])
+def test_an_arm_of_the_recipes_leaves_its_distances(arm, samplers, run, digits, tmp_path):
+    digits(99)
+    for _ in range(2):
+        run("recipe", arm, "--images", 198, "--samples", 9, "--out-dir", tmp_path / "runs")
+    text = (tmp_path / "runs" / "results.jsonl").read_text()
+    one, two = map(json.loads, text.splitlines())
+    assert one["arm"] == arm and one["images"] == 192 and one["images_per_second"] > 0
+    assert all(one[name] == two[name] > 1 for name in samplers)
+    assert len(list(tmp_path.glob("runs/*.png"))) == len(samplers)
+
+
+def test_the_kernels_can_be_counted_without_a_gpu(run, capsys):
+    run("count_kernels")
+    call, step = capsys.readouterr().out.split("\n\n")
+    _, _, *rows = [line.split("|")[1:-1] for line in call.splitlines()]
+    kernels = [int(row[2]) for row in rows]
+    assert len(set(kernels[::2])) == 1  # as many for any number of images
+    assert kernels[1] > 1.5 * kernels[0]  # and more of them with autocast
+    _, _, *rows = [line.split("|")[1:-1] for line in step.splitlines()]
+    forward, backward, muon, adamw, average, one_by_one = (int(kernels) for _, kernels in rows)
+    assert kernels[0] < forward < kernels[0] + 20 < backward  # forward: with noise and loss
+    assert adamw + average < 10 < 2 * muon < one_by_one
+
+
+def test_muon_for_one_matrix_after_the_other_is_muon(bench):
+    """So their numbers of kernels may be compared."""
+    torch.manual_seed(0)
+    ours = [torch.randn(16, n, 3, 3) for n in (16, 32)]
+    theirs, means = [w.clone() for w in ours], [torch.zeros_like(w) for w in ours]
+    muon, rate = common.Muon(ours, 0.02), torch.tensor(0.02)
+    for _ in range(3):
+        for one, two in zip(ours, theirs):
+            one.grad = two.grad = torch.randn(one.shape)
+        muon.step()
+        bench("count_kernels").matrix_after_matrix(theirs, means, rate, 0.95, 0.1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_of_cuda_is_exported_for_any_device(cuda, run, tmp_path):
+    tiny = ["--device", "cuda", "--epochs", "1", "--train-images", "32", "--timesteps", "4"]
+    ddpm.train(ddpm.parse_args(options(tmp_path, *tiny, "--ddim-steps", "2", "--ddim-sweep", "1")))
+    run("export_weights", tmp_path / "checkpoint.pt", "--to", tmp_path / "weights")
+    state = torch.load(tmp_path / "weights" / "01_ddpm_ddim.pt", weights_only=True)
+    average, = state["stages"]["diffusion"]["learned"]
+    assert {x.device.type for x in average.values()} == {"cpu"}
+    assert {x.dtype for x in average.values()} == {torch.half}
+
+
+def test_shipped_weights_can_be_trained_on(run, tmp_path):
+    """At a rate of almost 0, so that they must come out as they went in."""
+    small = ["--train-images", "64", "--pairs", "64"]
+    flow.train(flow.parse_args(options(tmp_path / "first", "--epochs", "2", *small)))
+    run("export_weights", tmp_path / "first" / "checkpoint.pt", "--to", tmp_path)
+    run("export_weights", "--back", tmp_path / "04_rectified_flow.pt", "--to", tmp_path / "on")
+    first, shipped, back = (torch.load(path, weights_only=True)["stages"] for path in (
+        tmp_path / "first" / "checkpoint.pt", tmp_path / "04_rectified_flow.pt",
+        tmp_path / "on" / "checkpoint.pt"))
+    assert [*first] == [*shipped] == [*back] == ["flow", "reflow"]
+    for name, n in (("flow", 2), ("reflow", 4)):
+        assert len(back[name]["epochs"]) == n
+        assert first[name]["epochs"] == shipped[name]["epochs"] == back[name]["epochs"]
+        assert shipped[name]["frames"] == back[name]["frames"] == []
+        average, = shipped[name]["learned"]
+        for weights in back[name]["learned"]:
+            for key, weight in average.items():
+                assert torch.equal(weights[key], weight.float())
+                assert torch.equal(weight, first[name]["learned"][0][key].half())
+
+    more = ["--resume", "--epochs", "3", "--lr", "1e-9", "--reflow-epochs", "1"]
+    flow.train(flow.parse_args(options(tmp_path / "on", *more)))
+    on = torch.load(tmp_path / "on" / "checkpoint.pt", weights_only=True)["stages"]
+    assert [line["epoch"] for line in on["flow"]["epochs"]] == [1, 2, 3]
+    assert len(on["reflow"]["epochs"]) == 1 and len(on["flow"]["learned"]) == 4
+    for weights in on["flow"]["learned"][:2]:
+        torch.testing.assert_close(weights, back["flow"]["learned"][0], rtol=0, atol=1e-5)
+
+
+def test_the_stages_of_shipped_weights_stand_as_they_were_learned():
+    """Otherwise, to train on an early one would drop others."""
+    for script, stages in {"02_latent_diffusion": ["vae", "diffusion"],
+                           "04_rectified_flow": ["flow", "reflow"],
+                           "04b_latent_rflow": ["vae", "flow", "reflow"],
+                           "06_meanflow": ["flow", "meanflow"]}.items():
+        file = common.WEIGHTS / f"{script}.pt"
+        assert [*torch.load(file, weights_only=True)["stages"]] == stages
