@@ -26,8 +26,7 @@ have 0.058), and S of 16 paths in 100 Euler steps (larger than in 04: the paths 
     flow, Euler   39.0   1.57   0.594  0.424  0.301  0.40
     flow, AB2                   0.362  0.264
     reflow, Euler 0.523  0.418  0.325  0.290  0.256  0.0043
-One step after the reflow beats five Euler steps before it. (AB2's ten steps even beat Euler's
-100; we do not know why.)
+One step after the reflow beats five of Euler's before it; AB2's ten beat even 100 of Euler's.
 """
 
 import copy
