@@ -265,8 +265,10 @@ def one_line_error(what: str, kinds=Exception):
 
 def run(main) -> None:
     """main() with what was typed; Ctrl-C ends it in one line."""
-    with one_line_error("stopped; --resume continues from the last epoch", KeyboardInterrupt):
+    try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume continues from the last epoch")
 
 
 def load_checkpoint(args: argparse.Namespace, path: Path | None = None) -> dict:
