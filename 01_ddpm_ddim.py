@@ -1,11 +1,12 @@
 """DDPM and DDIM on MNIST: one network splits image and noise, and two samplers use it.
 
-Diffusion destroys an image x_0 in T small steps, x_1 to x_T: each makes it a little fainter
-and adds a little Gaussian noise. T such steps make one Gaussian step, so we can draw any x_t
-from x_0 directly. We do so, with a random t for each image, and train a network, a U-Net, to split
-x_t into image and noise. A squared error is least at the mean, so its image x̂_0 is about the
-mean of all digits that x_t could come from: a blur if x_t is mostly noise. To sample, we start
-from pure noise, step a little towards x̂_0, and call the network again, for a sharper image.
+Diffusion destroys an image x_0 in T small steps, x_1 to x_T: each makes it a little
+fainter and adds a little Gaussian noise. T such steps make one Gaussian step, so we can
+draw any x_t from x_0 directly. We do so, with a random t for each image, and train a
+network, a U-Net, to split x_t into image and noise. A squared error is least at the mean,
+so its image x̂_0 is about the mean of all digits that x_t could come from: a blur if x_t
+is mostly noise. To sample, we start from pure noise, step a little towards x̂_0, and call
+the network again, for a sharper image.
 
 DDPM goes back through all T steps. If we knew x_0, Bayes' rule would give x_{t-1} from x_t
 as a Gaussian; DDPM draws from that, with x̂_0 in place of x_0. DDIM is deterministic: it
@@ -31,23 +32,26 @@ again with the weights of an earlier time r. Any r < t will do, so DDIM can take
     v̂ = v_θ(x_t, t) v_hat = model(x_t, t)     (B, 1, 28, 28)
     x̂_0, ε̂; r       x0_hat, eps_hat; t_next   (B, 1, 28, 28); -1 ... T-2
 
-Why v? Write √ᾱ_t = cos φ and √(1-ᾱ_t) = sin φ. For a fixed x_0 and ε, x_t then runs on an arc
-from the image (φ = 0) to the noise (φ = 90°), and v = dx_t / dφ is its velocity. It is what
-x_t hides: almost ε where x_t shows the image, almost -x_0 where it shows the noise. Both x̂_0
-and ε̂ come from v without a division, so their errors are no larger than that of v. Ho et al.
-predict ε; then x̂_0 needs a division by √ᾱ_t, and at t = T, where that is 0.01 here, errors
-grow 100 times. As ‖v - v̂‖² = ‖ε - ε̂‖² / ᾱ_t, our loss counts noisy x_t for more than theirs.
+Why v? Write √ᾱ_t = cos φ and √(1-ᾱ_t) = sin φ. For a fixed x_0 and ε, x_t then runs on an
+arc from the image (φ = 0) to the noise (φ = 90°), and v = dx_t / dφ is its velocity. It is
+what x_t hides: almost ε where x_t shows the image, almost -x_0 where it shows the noise.
+Both x̂_0 and ε̂ come from v without a division, so their errors are no larger than that of
+v. Ho et al. predict ε; then x̂_0 needs a division by √ᾱ_t, and at t = T, where that is
+0.01 here, errors grow 100 times. As ‖v - v̂‖² = ‖ε - ε̂‖² / ᾱ_t, our loss counts noisy x_t
+for more than theirs.
 
-It learns by Muon (convolutions with 16 channels or more: rate 0.02, weight decay 0.1) and AdamW
-(all else: 0.002, 0.01); the rates fall to 0; an average of the weights samples. See fit().
+It learns by Muon (convolutions with 16 channels or more: rate 0.02, weight decay 0.1) and
+AdamW (all else: 0.002, 0.01); the rates fall to 0; an average of the weights samples. See
+fit().
 
     python 01_ddpm_ddim.py                              40 epochs, for a GPU
     python 01_ddpm_ddim.py --epochs 5 --batch-size 64   about an hour on one CPU core
     python 01_ddpm_ddim.py --sample-only                no training: the shipped weights
 
 Measured: 20 epochs take 69 seconds on an NVIDIA H200. Then 2,000 samples by DDIM-50 have a
-Fréchet distance of 0.275 to the test digits (05_compare.py; lower is better). After 20 more, on
-a core of an AMD EPYC, it is 0.209 (the shipped weights); that of 2,000 training digits is 0.107.
+Fréchet distance of 0.275 to the test digits (05_compare.py; lower is better). After 20
+more, on a core of an AMD EPYC, it is 0.209 (the shipped weights); that of 2,000 training
+digits is 0.107.
 Left out: the likelihood (Ho, section 3); learned variances; networks that predict ε or x_0.
 """
 
@@ -177,9 +181,7 @@ def posterior(schedule: Schedule, t: int, x_t: Tensor, x0: Tensor) -> tuple[Tens
 @torch.no_grad()
 def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None) -> Tensor:
     """Ho et al. 2020, Algorithm 2 with σ_t² = β̃_t: T steps from noise x_T (B, ...).
-
-    Each draws x_{t-1} from q(x_{t-1} | x_t, x_0), with x̂_0 for x_0.
-    """
+    Each draws x_{t-1} from q(x_{t-1} | x_t, x_0), with x̂_0 for x_0."""
     x, timesteps = x_T, len(schedule.betas)
     for t in tqdm(range(timesteps)[::-1], "DDPM", leave=False, delay=2):
         ab = float(schedule.alpha_bars[t])

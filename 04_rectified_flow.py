@@ -178,8 +178,7 @@ def adams_sample(model, x0: Tensor, steps: int, shift: float = 2.0) -> Tensor:
     """As euler_sample, but by Adams-Bashforth: a step takes the velocity at its middle,
     extrapolated from this one and the last. Its error is O(1 / steps²) for smooth v. Steps
     near t = 0 are up to `shift` times shorter (Esser et al. 2024, Eq. 23, with 1-t for t),
-    which drew better. The first and last step are Euler's: in 04 the last then ends at x̂_1.
-    """
+    which drew better. The first and last step are Euler's: in 04 the last then ends at x̂_1."""
     x, v_old, h_old = x0, None, None
     for t, t_next in pairwise([s / (shift - (shift - 1) * s) for s in even_times(steps)]):
         v = model(x, torch.full((len(x),), t, device=x.device))

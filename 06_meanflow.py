@@ -24,19 +24,17 @@ there and the change of u, and the network itself can estimate that change.
 Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate both sides by t along
 the path. As t is the lower end of the integral, -u + (r-t) du/dt = -v.
 
-A squared error is least at the mean, and the mean of x_1 - x_0 at x_t is v, so the loss has
-x_1 - x_0 for v. In du/dt we take the network's own v, u_θ(x_t, t, t) (arXiv 2512.02012): there
-x_1 - x_0 would bring noise. After three epochs one step scored 2.90 so, and 4.94 with x_1 - x_0
-(Fréchet distance: lower is better), but ten steps 0.710 and 0.477.
+A squared error is least at the mean, and the mean of x_1 - x_0 at x_t is v: so the loss may use
+x_1 - x_0. In du/dt that is noisy; there we take the network's own v, u_θ(x_t, t, t) (arXiv
+2512.02012). Fréchet distances after three epochs: one step 2.90, not 4.94; ten 0.710, not 0.477.
 
 First we train a flow, as in 04, whose output is v. A copy then also takes r, as the gap r - t,
 which at first changes nothing, and learns u; model(x, t) without r is no flow any longer. For
 half of the images r = t: there the target is x_1 - x_0, as for the flow. It learns as 01 does.
 
-Why log? The gradient of an image is that of its squared error divided by this error + c: Geng's
-weight with p = 1. Our sinusoids of t are so fast that near t = 0 the network's du/dt is far too
-large. Without the weight, such points ruined a training (RESULTS.md). The price: where targets
-differ, u leans to the most frequent, away from their mean.
+Why log? It divides the gradient of an image by its error + c: Geng's weight with p = 1. Our
+sinusoids of t are so fast that near t = 0 du/dt is far too large; without the weight that ruined
+a training (RESULTS.md). The price: where targets differ, u leans to the most frequent.
 
     python 06_meanflow.py                    flow and MeanFlow, for a GPU
     python 06_meanflow.py --sample-only      no training: the shipped weights
@@ -148,8 +146,7 @@ def draw_times(n: int, equal: int, rng=None, device="cpu") -> tuple[Tensor, Tens
     """t <= r, (n,) each: the smaller and the larger of two logit-normal draws.
 
     For the first `equal` of them r = t. Times near 0 and 1 are rare, and both together almost
-    never come: for one step, from 0 to 1, the network has to extrapolate.
-    """
+    never come: for one step, from 0 to 1, the network has to extrapolate."""
     times = torch.randn(2, n, generator=rng, device=device).sigmoid()
     times[1, :equal] = times[0, :equal]
     return times.amin(0), times.amax(0)
@@ -160,8 +157,7 @@ def total_derivative(model, x: Tensor, t: Tensor, r: Tensor, v: Tensor, by: str)
     """du/dt = ∂u/∂x · v + ∂u/∂t at x (B, ...), t and r (B,): the change of u along the path.
 
     "jvp", a Jacobian-vector product as in Geng et al., is exact, but slower, and it follows the
-    fast wiggles of the sinusoids of t. "difference" is its mean from t - 0.01 to t + 0.01.
-    """
+    fast wiggles of the sinusoids of t. "difference" is its mean from t - 0.01 to t + 0.01."""
     if by == "jvp":
         with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no jvp
             return torch.func.jvp(lambda x, t: model(x, t, r), (x, t), (v, torch.ones_like(t)))[1]
@@ -192,8 +188,7 @@ def meanflow_loss(
 @torch.no_grad()
 def meanflow_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
     """From noise x0 (B, ...) to x_1: each step goes straight to the next time by the
-    average velocity (Geng et al. 2025). `trace(t, x_t)`, if given, sees every step.
-    """
+    average velocity (Geng et al. 2025). `trace(t, x_t)`, if given, sees every step."""
     x = x0
     for t, r in tqdm(list(pairwise(even_times(steps))), "MeanFlow", leave=False, delay=2):
         if trace:
