@@ -140,10 +140,11 @@ class UNet(nn.Module):
         self.up0_attention = Attention(c2)
         self.up0_to_1 = nn.Conv2d(c2, c1, 3, padding=1)
         self.up1 = ResBlock(2 * c1, c1, c_time)
-        self.norm_out = nn.GroupNorm(8, c1)
+        self.norm_out = common.GroupNorm(8, c1)
         self.conv_out = nn.Conv2d(c1, 1, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # a fresh network predicts a constant
 
+    @common.in_bfloat16  # where that is fast
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         emb = self.time(common.timestep_embedding(t * self.time_scale, self.c_time))
         h0 = self.down0(self.conv_in(x), emb)  # (B, c1, H, W)

@@ -54,7 +54,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -102,7 +101,7 @@ class UNet(nn.Module):
         self.up0_attention = Attention(c2)
         self.up0_to_1 = nn.Conv2d(c2, c1, 3, padding=1)
         self.up1 = ResBlock(2 * c1, c1, c_time)
-        self.norm_out = nn.GroupNorm(8, c1)
+        self.norm_out = common.GroupNorm(8, c1)
         self.conv_out = nn.Conv2d(c1, 1, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # a fresh network predicts a constant
 
@@ -159,8 +158,7 @@ def total_derivative(model, x: Tensor, t: Tensor, r: Tensor, v: Tensor, by: str)
     "jvp", a Jacobian-vector product as in Geng et al., is exact, but slower, and it follows the
     fast wiggles of the sinusoids of t. "difference" is its mean from t - 0.01 to t + 0.01."""
     if by == "jvp":
-        with sdpa_kernel(SDPBackend.MATH):  # the fast kernels of attention have no jvp
-            return torch.func.jvp(lambda x, t: model(x, t, r), (x, t), (v, torch.ones_like(t)))[1]
+        return torch.func.jvp(lambda x, t: model(x, t, r), (x, t), (v, torch.ones_like(t)))[1]
     h = 0.01  # t + h may pass r, but there (r-t) du/dt is small; times beyond 0 and 1 are rare
     return (model(x + h * v, t + h, r) - model(x - h * v, t - h, r)) / (2 * h)
 

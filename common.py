@@ -4,6 +4,7 @@ To read: the blocks of the U-Nets, the images, Muon, `recorded`. The rest is plu
 """
 
 import argparse
+import functools
 import hashlib
 import importlib
 import json
@@ -34,14 +35,38 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def in_bfloat16(forward):
+    """A network's forward, whose layers compute in bfloat16 where that is faster: on CPUs that
+    have instructions for it, and on CUDA in training. What it returns is float32, and so is all
+    around it: losses, optimizers, averages, and what samplers add up. --no-bf16 is float32."""
+    @functools.wraps(forward)
+    def wrapped(self, x: Tensor, *rest: Tensor, **named: Tensor) -> Tensor:
+        fast = x.is_cuda and torch.is_grad_enabled()
+        if x.is_cpu:
+            fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast and in_bfloat16.allowed):
+            return forward(self, x, *rest, **named).float()
+
+    return wrapped
+
+
+in_bfloat16.allowed = True
+
+
+class GroupNorm(nn.GroupNorm):
+    """Computes in float32, for a CPU takes four times as long in bfloat16."""
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
 class ResBlock(nn.Module):
     """Two convolutions; time scales and shifts the second norm (Dhariwal & Nichol 2021)."""
     def __init__(self, c_in: int, c_out: int, c_time: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, c_in)
+        self.norm1 = GroupNorm(8, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(c_time, 2 * c_out)
-        self.norm2 = nn.GroupNorm(8, c_out)
+        self.norm2 = GroupNorm(8, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)  # so a fresh block adds only a bias to skip(x)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -56,7 +81,7 @@ class Attention(nn.Module):
     """Each pixel of (B, C, H, W) attends to all pixels, or to tokens (B, L, c_context)."""
     def __init__(self, channels: int, c_context: int | None = None):
         super().__init__()
-        self.norm = nn.GroupNorm(8, channels)
+        self.norm = GroupNorm(8, channels)
         self.q = nn.Linear(channels, channels)
         self.kv = nn.Linear(c_context or channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
@@ -64,9 +89,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         pixels = self.norm(x).flatten(2).mT  # (B, H*W, C)
-        q = self.q(pixels)[:, None]  # (B, 1, H*W, C): one head
-        k, v = self.kv(pixels if context is None else context)[:, None].chunk(2, dim=-1)
-        h = self.out(F.scaled_dot_product_attention(q, k, v)[:, 0])  # (B, H*W, C)
+        q = self.q(pixels) / x.shape[1] ** 0.5
+        k, v = self.kv(pixels if context is None else context).chunk(2, dim=-1)
+        weights = (q @ k.mT).softmax(dim=-1)  # (B, H*W, H*W or L): one head
+        h = self.out(weights @ v)  # (B, H*W, C)
         return x + h.mT.unflatten(2, x.shape[2:])
 
 
@@ -230,6 +256,7 @@ def make_parser(file: str, summary: str, epochs: int, lr: float) -> argparse.Arg
     add("--sample-only", action="store_true", help="no training: use that checkpoint, or weights/")
     add("--eval-samples", **whole, default=0, help="samples of each sampler to keep for 05")
     add("--no-graphs", action="store_true", help="do not use CUDA graphs")
+    add("--no-bf16", action="store_true", help="compute in float32 alone")
     add("--fast-dev", action="store_true", help="a complete run in miniature, in seconds")
     return parser
 
@@ -285,6 +312,7 @@ def load_checkpoint(args: argparse.Namespace, path: Path | None = None) -> dict:
 
 def open_run(args: argparse.Namespace, **new) -> dict:
     """Makes --out-dir; returns its checkpoint, or a new one: network=, classes=."""
+    in_bfloat16.allowed = not args.no_bf16
     torch.set_flush_denormal(True)  # numbers below 1e-38 make a CPU many times slower
     with one_line_error(f"--out-dir {args.out_dir} cannot be made", OSError):
         args.out_dir.mkdir(parents=True, exist_ok=True)

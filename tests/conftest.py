@@ -53,6 +53,12 @@ def first_gpu_run(request, tmp_path_factory):
         os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Networks compute in float32, but in runs: those follow --no-bf16."""
+    monkeypatch.setattr(common.in_bfloat16, "allowed", False)
+
+
 @pytest.fixture
 def every_checkpoint(tmp_path, monkeypatch):
     """Keeps the checkpoint after n epochs as n.pt."""

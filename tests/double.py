@@ -189,13 +189,16 @@ class FindCuda(TorchFunctionMode):
 @contextmanager
 def on_cuda(capability=(9, 0)):
     """A machine with a GPU of that compute capability, as far as the scripts can tell."""
-    load = torch.load
+    load, autocast = torch.load, torch.autocast
 
     def load_there(*args, map_location=None, **more):
         there = is_cuda(map_location)
         state = load(*args, map_location="cpu" if there else map_location, **more)
         claim = lambda x: Claimed(x) if there and isinstance(x, torch.Tensor) else x
         return tree_map(claim, state)
+
+    def cast_here(device, *args, **more):  # where the double computes
+        return autocast("cpu" if is_cuda(device) else device, *args, **more)
 
     stand_ins = {
         "torch.cuda.is_available": lambda: True,
@@ -204,7 +207,7 @@ def on_cuda(capability=(9, 0)):
         "torch.cuda.synchronize": lambda *device: None,
         "torch.cuda.CUDAGraph": Graph, "torch.cuda.graph": record,
         "torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype": grouped,
-        "torch.load": load_there, "torch.Generator": Generator,
+        "torch.load": load_there, "torch.Generator": Generator, "torch.autocast": cast_here,
     }
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)

@@ -154,6 +154,18 @@ def test_one_graph_a_shape_and_no_answer_is_overwritten(more, recorded, cuda, gr
     assert not once.requires_grad and (net is model) == (recorded == 0)
 
 
+def test_on_a_gpu_training_is_in_bfloat16_and_sampling_is_not(cuda, monkeypatch):
+    monkeypatch.setattr(common.in_bfloat16, "allowed", True)
+    model, seen = ddpm.make_models(8, 4, "cuda")["diffusion"], []
+    model.conv_in.register_forward_hook(lambda layer, x, out: seen.append(out.dtype))
+    x, t = torch.randn(3, 1, 28, 28, device="cuda"), torch.tensor([1, 2, 3], device="cuda")
+    outputs = [model(x, t)]
+    with torch.no_grad():
+        outputs.append(model(x, t))
+    assert seen == [torch.bfloat16, torch.float32]
+    assert [v.dtype for v in outputs] == [torch.float32] * 2
+
+
 def test_another_device_leaves_the_function_alone(tmp_path):
     args = ddpm.parse_args(options(tmp_path))
     assert common.recorded(len, args) is len

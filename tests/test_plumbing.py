@@ -149,6 +149,37 @@ def test_attention_is_a_softmax_over_pixels_or_over_the_context(crossed):
     assert torch.allclose(layer(x, context), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("has", "more", "expected"), [
+    (True, [], torch.bfloat16), (True, ["--no-bf16"], torch.float32), (False, [], torch.float32)])
+@pytest.mark.parametrize("module", [ddpm, latent, cfg, flow, latent_flow])
+def test_layers_compute_in_bfloat16_on_processors_that_have_it(
+        module, has, more, expected, fast_dev, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
+    args = fast_dev(module, *more)
+    common.open_run(args, network={}, classes=[])
+    model, (x, t, *labels) = unet(module), inputs(module, 2)
+    seen = []
+    model.conv_in.register_forward_hook(lambda layer, x, out: seen.append(out.dtype))
+    x.requires_grad_()
+    nn.init.normal_(model.conv_out.weight)
+    v = model(x, t, *labels)
+    v.sum().backward()
+    assert seen == [expected]
+    assert v.dtype == x.grad.dtype == torch.float32
+    assert {w.grad.dtype for w in model.parameters() if w.grad is not None} == {torch.float32}
+
+
+def test_a_group_norm_computes_in_float32():
+    torch.manual_seed(0)
+    norm, x = common.GroupNorm(8, 16), torch.randn(4, 16, 7, 7).bfloat16()
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    expected = torch.nn.functional.group_norm(x.double(), 8, norm.weight.double(),
+                                              norm.bias.double())
+    assert norm(x).dtype == torch.bfloat16
+    assert torch.equal(norm(x), expected.bfloat16())
+    assert norm(x.float()).dtype == torch.float32
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_shipped_weights_load_without_a_word(module, tmp_path, capfd):
     state = load(ROOT / "weights" / f"{module.__name__}.pt")
