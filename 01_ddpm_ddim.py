@@ -164,9 +164,7 @@ def diffusion_loss(model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tens
     """Ho et al. 2020, Algorithm 1, but for v: the mean squared error of the prediction.
     x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1."""
     x_t = q_sample(schedule, x0, t, noise)
-    signal_scale = schedule.signal_scale[t].view(-1, 1, 1, 1)
-    noise_scale = schedule.noise_scale[t].view(-1, 1, 1, 1)
-    v = signal_scale * noise - noise_scale * x0
+    v = q_sample(schedule, noise, t, -x0)  # √ᾱ_t ε - √(1-ᾱ_t) x_0
     return F.mse_loss(model(x_t, t), v)
 
 
@@ -203,14 +201,11 @@ def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def ddim_sample(
-    model, schedule: Schedule, x_T: Tensor, steps: int, eta=0.0, rng=None, trace=None
-) -> Tensor:
-    """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to x_0.
-
-    eta = 0 draws no noise. eta up to 1 replaces a part of ε̂ by fresh noise (Eq. 16); eta = 1
-    is DDPM if steps = T. `trace(t, x_t, x0_hat)`, if given, sees every step.
-    """
+def ddim_sample(model, schedule: Schedule, x_T: Tensor, steps: int, eta=0.0, rng=None,
+                trace=None) -> Tensor:
+    """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to x_0. eta = 0 draws no
+    noise; above 0, a part of ε̂ is fresh noise (Eq. 16), and eta = 1 with steps = T is DDPM.
+    `trace(t, x_t, x0_hat)`, if given, sees every step."""
     x, alpha_bars = x_T, [*schedule.alpha_bars.tolist(), 1.0]  # so index -1 has no noise
     pairs = ddim_pairs(len(schedule.betas), steps)
     for t, t_next in tqdm(pairs, "DDIM", leave=False, delay=2):
@@ -268,10 +263,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                 losses.append(step(*[part[chosen] for part in data]))
                 if bar.update():  # true once a second, for reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
-            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
-            common.keep_epoch(args, state, name, learned, draw and draw(ema), lr=rate,
-                              test_loss=common.test_loss(loss, ema, test), loss=mean,
-                              seconds=seconds, images=len(losses) * args.batch_size)
+            common.keep_epoch(args, state, name, learned, losses, start, rate, loss, test, draw)
     return ema
 
 

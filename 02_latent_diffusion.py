@@ -4,24 +4,23 @@ Most pixels say little, yet diffusion in pixels works on all of them in every st
 variational autoencoder (VAE) first learns to turn an image into 64 numbers, its latent, and
 back. Its encoder gives means µ and variances σ², and its decoder must rebuild the image from
 a random z ~ N(µ, σ²), so latents near µ decode to similar images. A second term of the loss,
-w times the KL divergence, pulls every N(µ, σ²) towards N(0, I). With w = 1, z ~ N(0, I) could
-be decoded to digits, but blurred ones. Our w = 0.05 keeps images sharp, but then most z ~ N(0, I)
-decode to no digit (samples.png, first row). So stage two trains the diffusion of 01 on latents.
+w times the KL divergence, pulls every N(µ, σ²) towards N(0, I). With w = 1, z ~ N(0, I) could be
+decoded to blurred digits. Our w = 0.05 keeps images sharp, but then most z ~ N(0, I) decode to no
+digit (samples.png, first row). So stage two trains the diffusion of 01 on latents.
 
     q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         w = 1: minus their Eq. 10
-    x_0      = (z - mean) / std for each of the 64 numbers  Rombach et al. 2022: one std for all
+    x_0      = (z R - mean) / std for each of the 64        Rombach et al. 2022: one std, no R
     x_t, v, the loss, the samplers and how it learns: as in 01
 
     paper           code                      shape
-    x               x                         (B, 1, 28, 28) in [-1, 1]
     µ, log σ², z, e mu, logvar, z, e          (B, 64)
     x_0, x_t, ε, v  x0, x_t, noise, v         (B, 1, 8, 8), x_0 standardised, as large as ε
-    t = 1 ... T     t = 0 ... T-1             (B,), the paper's t minus 1; -1 is the clean latent
 
-Why 1x8x8? It fits the U-Net of 01. But convolutions expect neighbours that belong together:
-Rombach's latents have them, our 64 numbers have no such order. The VAE has BatchNorm, as in
-the report that we follow. A denoiser cannot: it would mix the noise levels of a batch.
+Why 1x8x8, and why R? So it fits the U-Net of 01. But convolutions expect neighbours that belong
+together. The latents of Rombach et al. do, by construction; our numbers come from a linear layer,
+in no order. After a rotation R of z, each of them draws a place of its own, and noise stays
+standard noise. Three epochs then score 0.98 in Fréchet distance, and 1.71 without R.
 
     python 02_latent_diffusion.py                  both stages, for a GPU
     python 02_latent_diffusion.py --epochs 15      half an hour on two CPU cores
@@ -45,14 +44,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import common
-from common import COUNT, RATE, Attention, Between, ResBlock
+from common import COUNT, Attention, Between, ResBlock
 
 
 def parse_args(argv: list[str] | None = None):
     parser = common.make_parser(__file__, "Latent diffusion.", epochs=40, lr=2e-3)
     add = parser.add_argument
     add("--vae-epochs", **COUNT, default=20, help="passes over the images for the VAE")
-    add("--vae-lr", **RATE, default=2e-3, help="peak rate of the VAE")
     add("--kl-weight", type=float, choices=Between(0), default=0.05, help="w, of the divergence")
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
     add("--timesteps", type=int, choices=Between(2), default=1000, help="T, from latent to noise")
@@ -71,7 +69,7 @@ def conv_block(conv: nn.Module) -> nn.Module:
 
 class VAE(nn.Module):
     """Images (B, 1, 28, 28) in [-1, 1] -> latents (B, 64) -> images. Kingma & Welling 2014.
-    `mean` and `std` (64,), of z over all training images, are set after the training."""
+    R (64, 64), a rotation, and mean and std (64,) of z R are set after the training."""
     def __init__(self):
         super().__init__()
         self.encoder = nn.Sequential(  # channels in and out, kernel, stride, padding
@@ -84,6 +82,7 @@ class VAE(nn.Module):
             conv_block(nn.ConvTranspose2d(64, 32, 7)),  # (B, 32, 7, 7)
             conv_block(nn.ConvTranspose2d(32, 16, 3, 2, 1, 1)),  # (B, 16, 14, 14)
             nn.ConvTranspose2d(16, 1, 3, 2, 1, 1))  # (B, 1, 28, 28)
+        self.register_buffer("R", torch.eye(64))
         self.register_buffer("mean", torch.zeros(64))
         self.register_buffer("std", torch.ones(64))
 
@@ -104,11 +103,11 @@ class VAE(nn.Module):
         return mu + (logvar / 2).exp() * e
 
     def to_latent(self, mu: Tensor, logvar: Tensor, rng=None) -> Tensor:
-        """z ~ q(z | x), standardised by `mean` and `std`, as (B, 1, 8, 8)."""
-        return ((self.sample_z(mu, logvar, rng) - self.mean) / self.std).view(-1, 1, 8, 8)
+        """z ~ q(z | x), rotated by R and standardised, as (B, 1, 8, 8)."""
+        return ((self.sample_z(mu, logvar, rng) @ self.R - self.mean) / self.std).view(-1, 1, 8, 8)
 
     def to_images(self, latent: Tensor) -> Tensor:
-        return self.decode(latent.flatten(1) * self.std + self.mean)  # undoes to_latent
+        return self.decode((latent.flatten(1) * self.std + self.mean) @ self.R.T)  # and back
 
 
 @torch.no_grad()
@@ -163,9 +162,17 @@ def make_models(width: int, timesteps: int, device: str = "cpu") -> dict[str, nn
     return {"diffusion": model, "vae": VAE().to(device)}
 
 
-def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(µ, σ²) ‖ N(0, I)) in nats, (B, 64) -> (B,): Kingma & Welling 2014, appendix B."""
-    return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1)
+def blob_rotation(mu: Tensor, images: Tensor) -> Tensor:
+    """The rotation R (64, 64) after which each number of z R draws a place of its own.
+    The best linear decoder B (64, 784), images = µ B but for means, tells what the numbers of µ
+    draw; so those of µ R draw RᵀB. T (64, 784) is what we want: blobs on an 8x8 grid. If B Tᵀ =
+    U S Vᵀ, RᵀB is nearest to T for R = U Vᵀ (orthogonal Procrustes problem; Schönemann 1966)."""
+    B = torch.linalg.lstsq(mu - mu.mean(0), (images - images.mean(0)).flatten(1)).solution
+    pixels, middles = torch.arange(28.0), torch.linspace(5, 22, 8)
+    bump = torch.exp(-0.5 * ((pixels - middles[:, None]) / 2.5) ** 2)  # (8, 28)
+    T = F.normalize(torch.einsum("iy,jx->ijyx", bump, bump).reshape(64, 784))
+    U, _, Vh = torch.linalg.svd(B @ T.T)
+    return U @ Vh
 
 
 def vae_loss(vae: VAE, x: Tensor, kl_weight: float) -> Tensor:
@@ -173,8 +180,9 @@ def vae_loss(vae: VAE, x: Tensor, kl_weight: float) -> Tensor:
     -log p: cross-entropy of the decoder's probabilities of white and (x+1)/2 (appendix C.1)."""
     mu, logvar = vae.encode(x)
     logits = vae.logits(vae.sample_z(mu, logvar))
-    nll = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2, reduction="none")
-    return (nll.sum((1, 2, 3)) + kl_weight * kl_divergence(mu, logvar)).mean()
+    nll = F.binary_cross_entropy_with_logits(logits, (x + 1) / 2, reduction="none").sum((1, 2, 3))
+    kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1)  # KL(q(z|x) ‖ N(0, I)), appendix B
+    return (nll + kl_weight * kl).mean()
 
 
 class Schedule(NamedTuple):
@@ -208,9 +216,7 @@ def diffusion_loss(model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tens
     """Ho et al. 2020, Algorithm 1, but for v: the mean squared error of the prediction.
     x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1."""
     x_t = q_sample(schedule, x0, t, noise)
-    signal_scale = schedule.signal_scale[t].view(-1, 1, 1, 1)
-    noise_scale = schedule.noise_scale[t].view(-1, 1, 1, 1)
-    v = signal_scale * noise - noise_scale * x0
+    v = q_sample(schedule, noise, t, -x0)  # √ᾱ_t ε - √(1-ᾱ_t) x_0
     return F.mse_loss(model(x_t, t), v)
 
 
@@ -223,14 +229,11 @@ def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def ddim_sample(
-    model, schedule: Schedule, x_T: Tensor, steps: int, eta=0.0, rng=None, trace=None
-) -> Tensor:
-    """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to x_0.
-
-    eta = 0 draws no noise. eta up to 1 replaces a part of ε̂ by fresh noise (Eq. 16); eta = 1
-    is DDPM if steps = T. `trace(t, x_t, x0_hat)`, if given, sees every step.
-    """
+def ddim_sample(model, schedule: Schedule, x_T: Tensor, steps: int, eta=0.0, rng=None,
+                trace=None) -> Tensor:
+    """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to x_0. eta = 0 draws no
+    noise; above 0, a part of ε̂ is fresh noise (Eq. 16), and eta = 1 with steps = T is DDPM.
+    `trace(t, x_t, x0_hat)`, if given, sees every step."""
     x, alpha_bars = x_T, [*schedule.alpha_bars.tolist(), 1.0]  # so index -1 has no noise
     pairs = ddim_pairs(len(schedule.betas), steps)
     for t, t_next in tqdm(pairs, "DDIM", leave=False, delay=2):
@@ -293,10 +296,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                 losses.append(step(*[part[chosen] for part in data]))
                 if bar.update():  # true once a second, for reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
-            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
-            common.keep_epoch(args, state, name, learned, draw and draw(ema), lr=rate,
-                              test_loss=common.test_loss(loss, ema, test), loss=mean,
-                              seconds=seconds, images=len(losses) * args.batch_size)
+            common.keep_epoch(args, state, name, learned, losses, start, rate, loss, test, draw)
     return ema
 
 
@@ -311,11 +311,13 @@ def train(args) -> dict[str, nn.Module]:
     noise, quick = common.noise(args, 16, 1, 8, 8)[:10], min(20, args.timesteps)
     vae = fit(args, state, "vae", models["vae"],
               lambda model, x, labels: vae_loss(model, x, args.kl_weight), data, test,
-              args.vae_epochs, args.vae_lr, draw=lambda model: model.decode(noise.flatten(1)))
-    data, test_data = (encode_all(vae, images) for images, _ in (data, test))  # µ and log σ²
-    vae.mean.copy_(data[0].mean(0))
-    vae.std.copy_((data[0].var(0) + data[1].exp().mean(0)).sqrt())  # Var z = Var µ + E σ²
-    state["stages"]["vae"]["learned"][0] = vae.state_dict()  # so checkpoints hold these, too
+              args.vae_epochs, args.lr, draw=lambda model: model.decode(noise.flatten(1)))
+    mu, logvar = encode_all(vae, data[0])
+    if "diffusion" not in state["stages"]:  # or it has learned from latents in this order
+        vae.R.copy_(blob_rotation(mu.cpu(), data[0].cpu()))
+        vae.mean.copy_((mu @ vae.R).mean(0))
+        vae.std.copy_(((mu @ vae.R).var(0) + logvar.exp().mean(0) @ vae.R**2).sqrt())  # of z R
+        state["stages"]["vae"]["learned"][0] = vae.state_dict()  # so checkpoints hold these, too
     draw_vae(args, vae, *test, classes)
 
     def loss(model, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -323,8 +325,9 @@ def train(args) -> dict[str, nn.Module]:
         t = torch.randint(args.timesteps, (len(x0),), device=x0.device)
         return diffusion_loss(model, schedule, x0, t, torch.randn_like(x0))
 
-    ema = fit(args, state, "diffusion", models["diffusion"], loss, data, test_data, args.epochs,
-              args.lr, draw=lambda model: vae.to_images(ddim_sample(model, schedule, noise, quick)))
+    ema = fit(args, state, "diffusion", models["diffusion"], loss, [mu, logvar],
+              encode_all(vae, test[0]), args.epochs, args.lr,
+              draw=lambda model: vae.to_images(ddim_sample(model, schedule, noise, quick)))
     return {"diffusion": ema, "vae": vae}
 
 
@@ -334,6 +337,12 @@ def draw_vae(args, vae: VAE, x: Tensor, labels: Tensor, classes: list[str]) -> N
     mu, _ = encode_all(vae, x)
     common.save_grid(torch.cat([x[:10], vae.decode(mu[:10])]), args.out_dir / "samples_vae.png",
                      "Through the VAE", 10, ["test images", "reconstructions"])
+    unit = torch.eye(64, device=x.device)  # a step of each number of z, nothing, of z R
+    steps = torch.cat([unit.view(8, 8, 64), 0 * unit[:8, None], vae.R.T.reshape(8, 8, 64)], 1)
+    drawn = vae.decode(mu.mean(0) + 2 * steps.flatten(0, 1)) - vae.decode(mu.mean(0)[None])
+    drawn /= drawn.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
+    common.save_grid(drawn, args.out_dir / "samples_latent_order.png",
+                     "What each of the 64 numbers draws: of z on the left, of z R on the right", 17)
     mu, labels = (mu - mu.mean(0)).cpu(), labels[:2000].cpu()
     points = mu[:2000] @ torch.linalg.svd(mu, full_matrices=False).Vh[:2].T  # (2000, 2)
     by_class = {classes[i]: points[labels == i].tolist() for i in labels.unique().tolist()}
@@ -346,28 +355,20 @@ def make_figures(args, diffusion: nn.Module, vae: VAE) -> None:
     """16 images from the same noise by every sampler: pictures, timings, sets for 05."""
     net = common.recorded(diffusion, args)
     schedule, noise = make_schedule(args.timesteps), common.noise(args, 16, 1, 8, 8)
-    draw_path(args, vae, partial(ddim_sample, net, schedule, noise, args.ddim_steps))
+    path, n = [], args.ddim_steps  # (t, x_t, x̂_0) at every step
+    ddim_sample(net, schedule, noise[:8], n, trace=lambda *state: path.append(state))
+    film = [vae.to_images(torch.cat([x_t, x0_hat])) for _, x_t, x0_hat in path[(n - 1) % 4 :: 4]]
+    common.save_gif(film, args.out_dir / "path.gif", columns=8)  # x_t, and below it x̂_0
 
-    samplers, n, T = [], args.ddim_steps, args.timesteps
-    for name, method, sampler, steps, draw in (
-            ("VAE alone", "VAE prior", "decoder", 1,
-             lambda x, rng: vae.decode(x.flatten(1))),  # the noise is z ~ N(0, I)
-            (f"DDIM, {n} steps", "latent diffusion", "DDIM", n,
-             lambda x, rng: vae.to_images(ddim_sample(net, schedule, x, n))),
-            (f"DDPM, {T} steps", "latent diffusion", "DDPM", T,
-             lambda x, rng: vae.to_images(ddpm_sample(net, schedule, x, rng)))):
-        samplers.append(({"name": name, "method": method, "sampler": sampler,
-                          "steps": steps, "network_calls": steps}, draw))
+    samplers = [({"name": "VAE alone", "method": "VAE prior", "sampler": "decoder", "steps": 1,
+                  "network_calls": 1}, lambda x, rng: vae.decode(x.flatten(1)))]  # z ~ N(0, I)
+    runs = [("DDIM", n, partial(ddim_sample, steps=n)), ("DDPM", args.timesteps, ddpm_sample)]
+    for sampler, n, sample in runs:
+        made = {"name": f"{sampler}, {n} steps", "method": "latent diffusion", "sampler": sampler,
+                "steps": n, "network_calls": n}
+        samplers.append((made, lambda x, rng, sample=sample: (
+            vae.to_images(sample(net, schedule, x, rng=rng)))))
     common.draw_and_time(args, samplers, noise, "Columns share their noise: z in row 1, x_T below")
-
-
-def draw_path(args, vae: VAE, sample) -> None:
-    """Sampling through time as a moving picture: x_t and below it x̂_0, both decoded."""
-    path = []  # (t, x_t, x̂_0) at every step
-    sample(trace=lambda *state: path.append(state))
-    every_fourth = path[(len(path) - 1) % 4 :: 4]  # so that the last is one of them
-    film = [vae.to_images(torch.cat([x_t[:8], x0_hat[:8]])) for _, x_t, x0_hat in every_fourth]
-    common.save_gif(film, args.out_dir / "path.gif", columns=8)
 
 
 def main(argv: list[str] | None = None) -> None:

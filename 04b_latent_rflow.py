@@ -90,7 +90,7 @@ def conv_block(conv: nn.Module) -> nn.Module:
 
 class VAE(nn.Module):
     """Images (B, 1, 28, 28) in [-1, 1] -> latents (B, 64) -> images. Kingma & Welling 2014.
-    `mean` and `std` (64,), of z over all training images, are set after the training."""
+    R (64, 64), a rotation, and mean and std (64,) of z R are set after the training."""
     def __init__(self):
         super().__init__()
         self.encoder = nn.Sequential(  # channels in and out, kernel, stride, padding
@@ -103,6 +103,7 @@ class VAE(nn.Module):
             conv_block(nn.ConvTranspose2d(64, 32, 7)),  # (B, 32, 7, 7)
             conv_block(nn.ConvTranspose2d(32, 16, 3, 2, 1, 1)),  # (B, 16, 14, 14)
             nn.ConvTranspose2d(16, 1, 3, 2, 1, 1))  # (B, 1, 28, 28)
+        self.register_buffer("R", torch.eye(64))
         self.register_buffer("mean", torch.zeros(64))
         self.register_buffer("std", torch.ones(64))
 
@@ -123,11 +124,11 @@ class VAE(nn.Module):
         return mu + (logvar / 2).exp() * e
 
     def to_latent(self, mu: Tensor, logvar: Tensor, rng=None) -> Tensor:
-        """z ~ q(z | x), standardised by `mean` and `std`, as (B, 1, 8, 8)."""
-        return ((self.sample_z(mu, logvar, rng) - self.mean) / self.std).view(-1, 1, 8, 8)
+        """z ~ q(z | x), rotated by R and standardised, as (B, 1, 8, 8)."""
+        return ((self.sample_z(mu, logvar, rng) @ self.R - self.mean) / self.std).view(-1, 1, 8, 8)
 
     def to_images(self, latent: Tensor) -> Tensor:
-        return self.decode(latent.flatten(1) * self.std + self.mean)  # undoes to_latent
+        return self.decode((latent.flatten(1) * self.std + self.mean) @ self.R.T)  # and back
 
 
 @torch.no_grad()
@@ -282,10 +283,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                 losses.append(step(*[part[chosen] for part in data]))
                 if bar.update():  # true once a second, for reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
-            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
-            common.keep_epoch(args, state, name, learned, draw and draw(ema), lr=rate,
-                              test_loss=common.test_loss(loss, ema, test), loss=mean,
-                              seconds=seconds, images=len(losses) * args.batch_size)
+            common.keep_epoch(args, state, name, learned, losses, start, rate, loss, test, draw)
     return ema
 
 

@@ -178,10 +178,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                 losses.append(step(*[part[chosen] for part in data]))
                 if bar.update():  # true once a second, for reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
-            mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
-            common.keep_epoch(args, state, name, learned, draw and draw(ema), lr=rate,
-                              test_loss=common.test_loss(loss, ema, test), loss=mean,
-                              seconds=seconds, images=len(losses) * args.batch_size)
+            common.keep_epoch(args, state, name, learned, losses, start, rate, loss, test, draw)
     return ema
 
 

@@ -44,7 +44,9 @@ def in_bfloat16(forward):
         fast = x.is_cuda and torch.is_grad_enabled()
         if x.is_cpu:
             fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast and in_bfloat16.allowed):
+        if not fast or not in_bfloat16.allowed:
+            return forward(self, x, *rest, **named)
+        with torch.autocast(x.device.type, torch.bfloat16):
             return forward(self, x, *rest, **named).float()
 
     return wrapped
@@ -54,7 +56,7 @@ in_bfloat16.allowed = True
 
 
 class GroupNorm(nn.GroupNorm):
-    """Computes in float32, for a CPU takes four times as long in bfloat16."""
+    """In float32: in bfloat16 it takes four times as long on a CPU (findings/)."""
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).to(x.dtype)
 
@@ -371,20 +373,22 @@ def test_loss(loss, model: nn.Module, images: list[Tensor]) -> float:
     return total / len(images[0][:2000])
 
 
-def keep_epoch(args, state: dict, name: str, learned: list, frame, images: int, **figures):
-    """What an epoch of stage `name` came to: in the checkpoint, metrics.jsonl, and pictures.
-    frame: ten images to look at, or None; images: how many were learned."""
-    if not figures["loss"] < 1e9:  # it may be infinite, or no number
-        sys.exit(f"the loss became {figures['loss']}: try a lower --lr (the checkpoint is kept)")
-    stage = state["stages"][name]
-    figures["images_per_second"] = images / figures["seconds"]
-    stage["epochs"].append({"stage": name, "epoch": len(stage["epochs"]) + 1} | figures)
-    stage["frames"] += [] if frame is None else [to_uint8(frame)]
+def keep_epoch(args, state: dict, name: str, learned: list, losses, start, lr, loss, test, draw):
+    """What an epoch of stage `name` came to: in the checkpoint, metrics.jsonl, and pictures."""
+    mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
+    if not mean < 1e9:  # it may be infinite, or no number
+        sys.exit(f"the loss became {mean}: try a lower --lr (the checkpoint is kept)")
+    stage, ema = state["stages"][name], learned[0]
+    stage["epochs"].append({
+        "stage": name, "epoch": len(stage["epochs"]) + 1, "loss": mean, "lr": lr,
+        "test_loss": test_loss(loss, ema, test), "seconds": seconds,
+        "images_per_second": len(losses) * args.batch_size / seconds})
+    stage["frames"] += [to_uint8(draw(ema))] if draw else []
     stage["learned"] = [part.state_dict() for part in learned]
     lines = "".join(json.dumps(line) + "\n" for line in history(state))
     (args.out_dir / "metrics.jsonl").write_text(lines)
     save(args.out_dir / "checkpoint.pt", state | origin(args))
-    if figures["seconds"] > 20:  # of a shorter epoch, pictures would take too large a share
+    if seconds > 20:  # of a shorter epoch, pictures would take too large a share
         draw_progress(args.out_dir, state)
 
 

@@ -35,7 +35,7 @@ WRONG = {  # an option, whichever script has it: values that it must refuse
     "--device": ["tpu", ""], "--dataset": ["cifar", "README.md"],
     "--timesteps": [*COUNT, "1"], "--ddim-steps": [*COUNT, "1001"],
     "--ddim-sweep": [*COUNT, "1001"], "--width": ["0", "7", "12", "-8", "128", "wide"],
-    "--vae-epochs": COUNT, "--vae-lr": RATE, "--kl-weight": ["-1", "nan", "inf", "x"],
+    "--vae-epochs": COUNT, "--kl-weight": ["-1", "nan", "inf", "x"],
     "--tokens": COUNT, "--label-dropout": ["-0.1", "1.1", "nan", "x"],
     "--guidance": ["-1", "nan", "inf", "x"], "--guidance-sweep": ["-1", "nan", "inf", "x"],
     "--digits": ["x", "12a", "-3", ""], "--steps": COUNT, "--ab2-steps": COUNT,

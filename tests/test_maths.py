@@ -290,18 +290,6 @@ def test_the_layers_of_the_vae_are_those_of_the_report():
     assert sum(p.numel() for p in vae.parameters()) == sum(by_hand)
 
 
-def test_kl_is_the_closed_form_and_the_integral():
-    mu, logvar = torch.tensor([[0.7, 0.0, -2.0]]), torch.tensor([[-1.2, 0.0, 0.5]])
-    q = Normal(mu, (logvar / 2).exp())
-    expected = torch.distributions.kl_divergence(q, Normal(0, 1)).sum()
-    assert latent.kl_divergence(mu, logvar).tolist() == pytest.approx([expected.item()])
-    z = torch.linspace(-12, 12, 100_001, dtype=F64)[:, None]
-    log_p, log_q = Normal(0, 1).log_prob(z), q.log_prob(z)
-    integral = (log_q.exp() * (log_q - log_p)).sum() * 24 / 100_000
-    assert integral.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert latent.kl_divergence(torch.zeros(2, 64), torch.zeros(2, 64)).tolist() == [0, 0]
-
-
 def test_the_loss_of_the_vae_by_hand():
     """In nats per image: the cross-entropy of every pixel, and the weighted KL divergence."""
     torch.manual_seed(0)
@@ -334,6 +322,40 @@ def test_latents_are_standardised_and_decoded_back():
     assert x0.mean(0).abs().max() < 0.07 and (x0.std(0) - 1).abs().max() < 0.05  # 4 σ
     z = mu + math.exp(-1) * torch.randn(mu.shape, generator=seeded(1))  # σ = exp(log v / 2)
     assert torch.allclose(vae.to_images(x0[:9]), vae.decode(z[:9]), atol=1e-5)
+
+
+def test_a_latent_without_a_rotation_is_the_standardised_z():
+    torch.manual_seed(0)
+    vae, mu, logvar = latent.VAE(), torch.randn(5, 64), torch.randn(5, 64)
+    vae.mean.normal_(), vae.std.uniform_(1, 2)
+    z = vae.sample_z(mu, logvar, seeded(1))
+    assert torch.equal(vae.to_latent(mu, logvar, seeded(1)).flatten(1), (z - vae.mean) / vae.std)
+
+
+@torch.no_grad()
+def test_latents_are_rotated_and_back():
+    torch.manual_seed(0)
+    vae, mu = latent.VAE().eval(), torch.randn(5, 64)
+    plain = vae.decode(mu)
+    vae.R.copy_(torch.linalg.qr(torch.randn(64, 64))[0])
+    vae.mean.normal_(), vae.std.uniform_(1, 2)
+    x0 = vae.to_latent(mu, torch.full_like(mu, -99))  # without noise
+    torch.testing.assert_close(vae.to_images(x0), plain, atol=1e-5, rtol=0)
+
+
+def test_the_rotation_finds_the_order_that_was_hidden():
+    """Images that 64 blobs add up to, from numbers that a random rotation has mixed."""
+    torch.manual_seed(0)
+    bump = Normal(torch.linspace(5, 22, 8)[:, None], 2.5).log_prob(torch.arange(28.0)).exp()
+    blobs = nn.functional.normalize((bump[:, None, :, None] * bump[:, None, :]).view(64, 784))
+    ordered, mixed = torch.randn(500, 64), torch.linalg.qr(torch.randn(64, 64))[0]
+    images = (ordered @ blobs + torch.rand(784)).view(500, 1, 28, 28)
+    R = latent.blob_rotation(ordered @ mixed.T + 3, images)
+    torch.testing.assert_close(R.T @ R, torch.eye(64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(R, mixed, atol=1e-2, rtol=0)  # T Tᵀ is close to singular
+    numbers = (ordered @ mixed.T) @ R
+    assert torch.equal(torch.corrcoef(torch.cat([ordered, numbers], 1).T)[:64, 64:].argmax(1),
+                       torch.arange(64))
 
 
 def test_all_images_are_encoded_in_order():
