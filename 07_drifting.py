@@ -1,0 +1,319 @@
+"""Drifting on MNIST: digits in one call of the network, trained from scratch.
+
+Diffusion and flows draw in many small steps, which a network learns one by one. A drifting
+model takes its small steps while it trains. A network f turns noise ε into a sample x = f(ε).
+In every training step each sample is told where to go: towards data near it, and away from
+other samples near it. This is the field V. The network learns to end at x + V, so its samples
+drift, step by step, until they lie as the data do. Then attraction and repulsion cancel, V is
+0, and the samples stay. To draw, one call is enough: no path, no teacher, no pairs.
+
+    x    = f(ε, c),  ε ~ N(0, I)                            a sample of class c
+    loss = E ‖f(ε, c) - stopgrad(x + V(x))‖²                Deng et al. 2026, Eq. 6
+    V(x) = V⁺(x) - V⁻(x): for data y⁺ and other samples y⁻  Eq. 10
+    V⁺   = E k(x, y⁺) (y⁺ - x) / E k(x, y⁺); V⁻ for y⁻      Eq. 8, 9: mean shift
+    so V = E k(x, y⁺) k(x, y⁻) (y⁺ - y⁻) / (Z⁺ Z⁻)          Eq. 11
+    k(x, y) = exp(-‖x - y‖ / τ)                             Eq. 12; ‖x - y‖ in units of its mean
+
+    paper       code             shape
+    ε           noise            (B, 64) or (K, N, 64): N of each of K classes
+    x, y⁺, y⁻   x, data, others  (K, N, 64), (K, M, 64), (K, N, 64): latents
+    V           V                (K, N, 64)
+    τ           taus             0.02, 0.05 and 0.2: from the nearest few to many
+
+Eq. 11 shows what matters: exchange data and samples, and V changes its sign. So V is 0 where
+both are alike. (The reverse is not certain; section 3.3 gives reasons.) If attraction were 1.5
+times as strong, samples would gather in the middle of the data (the paper's Table 1).
+
+Why in the latent of 02? V needs distances that mean something, and thousands of neighbours at
+once. A distance of pixels says little: a digit moved by two pixels is far from itself. In the
+latent a sample has 64 numbers, so a step compares it with all data in one matrix product. V is
+computed for each class by itself, for a 3 should drift towards threes.
+
+It learns by AdamW (rate 0.001, weight decay 0.01); the rate falls to 0; an average of the
+weights samples. The loss tells nothing: V is scaled to a fixed length.
+"""
+
+import copy
+import importlib
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import common
+from common import COUNT, RATE
+
+latent = importlib.import_module("02_latent_diffusion")  # its VAE; nothing else
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = common.make_parser(__file__, "One step by drifting.", epochs=60, lr=1e-3)
+    parser.set_defaults(batch_size=500)
+    add = parser.add_argument
+    add("--width", **COUNT, default=512, help="numbers in a layer")
+    add("--blocks", **COUNT, default=4, help="residual blocks")
+    add("--vae", type=Path, metavar="FILE", help="weights of 02; None: those that are shipped")
+    add("--samples", **COUNT, default=40, help="samples of each class in a step (data: the batch)")
+    add("--taus", **RATE, nargs="+", default=[0.02, 0.05, 0.2], help="reaches of the kernel")
+    add("--toy-steps", **COUNT, default=1000, help="training steps of the points in toy.png")
+    add("--digits", help="draw these classes and stop; no training")
+    tiny = {"dataset": "synthetic", "train_images": 128, "epochs": 8, "batch_size": 16,
+            "width": 32, "samples": 8, "toy_steps": 16, "eval_samples": 20}
+    parser.set_defaults(sample_only=parser.parse_args(argv or []).digits is not None)
+    args = common.parse(parser, argv, tiny, sampling=["digits", "toy_steps"])
+    if not args.vae:  # the shipped one has seen nothing but digits
+        own = args.out_dir.parent / "02_latent_diffusion" / "checkpoint.pt"
+        shipped = common.WEIGHTS / "02_latent_diffusion.pt"
+        args.vae = shipped if args.dataset in ("mnist", "synthetic") else own
+    if args.digits is not None:
+        last = common.load_checkpoint(args)["network"]["classes"] - 1
+        if not set(args.digits) <= set("0123456789"[: last + 1]) or not args.digits:
+            parser.error(f"--digits {args.digits!r}: only digits from 0 to {last}")
+    return args
+
+
+class Block(nn.Module):
+    """h + two layers of (norm(h) + an embedding of the class)."""
+    def __init__(self, width: int, classes: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.label = nn.Embedding(classes, width)
+        self.layer1, self.layer2 = nn.Linear(width, width), nn.Linear(width, width)
+        nn.init.zeros_(self.layer2.weight)
+
+    def forward(self, h: Tensor, labels: Tensor) -> Tensor:
+        h1 = self.layer1(self.norm(h) + self.label(labels))
+        return h + self.layer2(F.silu(h1))
+
+
+class Generator(nn.Module):
+    """Noise (..., 64) and labels (...) -> latents (..., 64), standardised."""
+    def __init__(self, width: int, blocks: int, classes: int):
+        super().__init__()
+        self.first = nn.Linear(64, width)
+        self.blocks = nn.ModuleList(Block(width, classes) for _ in range(blocks))
+        self.norm, self.last = nn.LayerNorm(width), nn.Linear(width, 64)
+
+    @common.in_bfloat16  # where that is fast
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        h = self.first(noise)
+        for block in self.blocks:
+            h = block(h, labels)
+        return self.last(self.norm(h))
+
+
+def make_models(width: int, blocks: int, classes: int, device: str = "cpu") -> dict:
+    models = {"drifting": Generator(width, blocks, classes), "vae": latent.VAE()}
+    return {name: model.to(device) for name, model in models.items()}
+
+
+def drifting_field(x: Tensor, data: Tensor, others: Tensor, tau: float, own=None) -> Tensor:
+    """V (K, N, D) at x (K, N, D): towards data (K, M, D), away from others (K, L, D).
+
+    Deng et al. 2026, Eq. 11 and 12, Algorithm 2. `own` (N, L), if given, is true where a point
+    of others is x itself: it repels nobody. Distances are in units of their mean.
+    """
+    y = torch.cat([data, others], dim=1)
+    distance = torch.cdist(x, y)  # (K, N, M + L)
+    logits = -distance / (tau * distance.mean((1, 2), keepdim=True))
+    if own is not None:
+        logits[:, :, data.shape[1]:].masked_fill_(own, -torch.inf)
+    # k, normalised over the y of an x, and over the x of a y: the root of both
+    k = (logits.log_softmax(2) / 2 + logits.log_softmax(1) / 2).exp()
+    k_data, k_others = k.split([data.shape[1], others.shape[1]], dim=2)
+    weights = torch.cat([k_data * k_others.sum(2, keepdim=True),
+                         -k_others * k_data.sum(2, keepdim=True)], dim=2)
+    return weights @ y
+
+
+def drifting_loss(model, noise: Tensor, labels: Tensor, data: Tensor, taus: list) -> Tensor:
+    """Deng et al. 2026, Algorithm 1. noise (K, N, 64), labels (K, N), data (K, M, 64): classes
+    do not meet. The fields of all τ count alike: each has a mean square of 1."""
+    x = model(noise, labels)
+    with torch.no_grad():
+        own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        V = [drifting_field(x, data, x, tau, own) for tau in taus]
+        target = x + sum(v / v.square().mean((1, 2), keepdim=True).sqrt() for v in V)
+    return F.mse_loss(x, target)
+
+
+def toy_data(n: int, spread: float = 0.15) -> Tensor:
+    """(n, 2): five spots on a circle in turn."""
+    angle = torch.arange(n) * 2 * math.pi / 5
+    return torch.stack([angle.cos(), angle.sin()], dim=1) + spread * torch.randn(n, 2)
+
+
+def toy(steps: int) -> list[Tensor]:
+    """Points in a plane drift: 1,000 after 0, 1/16, 1/4 and all of the steps."""
+    torch.manual_seed(0)
+    model, shots = nn.Sequential(nn.Linear(2, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(),
+                                 nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2)), []
+    optimizer = torch.optim.AdamW(model.parameters())
+    for i in range(steps + 1):
+        if i in (0, steps // 16, steps // 4, steps):
+            shots.append(model(torch.randn(1000, 2)).detach())
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - i / (steps + 1))
+        loss = drifting_loss(lambda noise, _: model(noise), torch.randn(1, 200, 2), None,
+                             toy_data(400)[None], [0.02, 0.05, 0.2])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return shots
+
+
+@torch.no_grad()
+def sample(model, noise: Tensor, labels: Tensor) -> Tensor:
+    """Noise (B, 64) and labels (B,) -> latents (B, 64): one call."""
+    return model(noise, labels)
+
+
+def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
+    """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
+    data, test: lists of tensors, a row an image; draw(network) -> ten images to look at."""
+    ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
+    large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
+    small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
+    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # which CUDA graphs read anew
+    muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
+    adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
+    learned = [ema, model, muon, adamw]
+    done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
+    batches = len(data[0]) // args.batch_size  # in an epoch, without a smaller last one
+    total = epochs * batches
+    average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
+    averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
+                         for net in (ema, model))
+
+    def step(*batch: Tensor) -> Tensor:
+        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
+        value = loss(model, *batch)
+        model.zero_grad()
+        value.backward()
+        muon.step()
+        adamw.step()
+        average(averages, weights, None)
+        return value.detach()
+
+    step = common.recorded(step, args, one_shape=True)
+    with tqdm(total=total, initial=done * batches, desc=name, mininterval=1) as bar:
+        for epoch in range(done, epochs):
+            torch.manual_seed(epoch + 1000 * args.seed)  # so a resumed run is the same
+            order = torch.randperm(len(data[0]), device=args.device).split(args.batch_size)
+            losses, start = [], time.perf_counter()
+            for chosen in order[:batches]:
+                i = epoch * batches + len(losses)
+                rate = lr * min((i + 1) / min(200, total / 10), 1) * (1 - i / total)
+                muon_lr.fill_(10 * rate)  # up for 200 steps, then down to 0
+                adamw_lr.fill_(rate)
+                losses.append(step(*[part[chosen] for part in data]))
+                if bar.update():  # true once a second, for reading a loss makes a GPU wait
+                    bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
+            common.keep_epoch(args, state, name, learned, losses, start, rate, loss, test, draw)
+    return ema
+
+
+def train(args) -> dict[str, nn.Module]:
+    """Trains the generator on latents of the VAE; returns its moving average."""
+    data, test, classes = common.load_images(args)  # images and labels
+    network = {"width": args.width, "blocks": args.blocks, "classes": len(classes)}
+    state = common.open_run(args, network=network, classes=classes)
+    torch.manual_seed(args.seed)
+    models = make_models(**network, device=args.device)
+    vae = load_vae(args, state, models["vae"])  # in eval mode, and fixed from here on
+    mu, logvar = latent.encode_all(vae, torch.cat([data[0], test[0]]))
+    rows, test_rows = one_of_each(data[1], len(classes)), one_of_each(test[1], len(classes))
+    noise = common.noise(args, 10, 64)
+    ten = torch.arange(10, device=args.device) % len(classes)
+
+    def loss(model, rows: Tensor) -> Tensor:
+        chosen = rows.T.flatten()  # (K M,): M images of class 0, then of class 1, ...
+        y = vae.to_latent(mu[chosen], logvar[chosen]).view(len(classes), len(rows), 64)
+        noise = torch.randn(len(classes), args.samples, 64, device=y.device)
+        labels = torch.arange(len(classes), device=y.device)[:, None].expand(noise.shape[:2])
+        return drifting_loss(model, noise, labels, y, args.taus)
+
+    ema = fit(args, state, "drifting", models["drifting"], loss, [rows],
+              [test_rows + len(data[1])], args.epochs, args.lr,
+              draw=lambda model: vae.to_images(sample(model, noise, ten)))
+    draw_nearest(args, ema, vae, mu.split([len(data[1]), len(test[1])]), data[0])
+    draw_toy(args)
+    return {"drifting": ema, "vae": vae}
+
+
+def one_of_each(labels: Tensor, classes: int) -> Tensor:
+    """(N, classes), as many rows as labels: in each row the numbers of an image of each class.
+    Rarer classes come more than once."""
+    own = [(labels == c).nonzero()[:, 0] if c in labels else labels[:1] for c in range(classes)]
+    return torch.stack([i.repeat(-(-len(labels) // len(i)))[: len(labels)] for i in own], dim=1)
+
+
+def load_vae(args, state: dict, vae: nn.Module) -> nn.Module:
+    """The VAE of --vae, which our checkpoint then holds, too; with --resume, that one."""
+    if "vae" not in state["stages"]:
+        weights = common.load("02_latent_diffusion", "vae", args.vae, args.device).state_dict()
+        state["stages"]["vae"] = {"epochs": [], "frames": [], "learned": [weights]}
+        print(f"the VAE is that of {args.vae}")
+    vae.load_state_dict(state["stages"]["vae"]["learned"][0])
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def draw_nearest(args, net, vae: nn.Module, mu: tuple[Tensor, Tensor], images: Tensor) -> None:
+    """Does it copy? Of 1,000 samples those that are nearest to a training image, and these."""
+    labels = torch.arange(1000, device=args.device) % net.blocks[0].label.num_embeddings
+    x = sample(net, common.noise(args, 1000, 64), labels)
+    known, fresh = ((part @ vae.R - vae.mean) / vae.std for part in mu)
+    near, fresh_near = (torch.cdist(part, known).min(dim=1) for part in (x, fresh[:1000]))
+    ten = near.values.argsort()[:10]
+    title = ("The ten of 1,000 samples nearest to a training image. Distances: median "
+             f"{near.values.median():.2f}, of test images {fresh_near.values.median():.2f}")
+    common.save_grid(torch.cat([vae.to_images(x[ten]), images[near.indices[ten]]]),
+                     args.out_dir / "samples_nearest.png", title, 10, ["samples", "training"])
+
+
+def draw_toy(args) -> None:
+    """From left to right in the course of the training, and beside them the data."""
+    shots = [*toy(args.toy_steps), toy_data(1000)]
+    names = ["first", "after 1/16", "after 1/4", f"after {args.toy_steps} steps", "data"]
+    lines = {name: (shot + torch.tensor([3.0 * i, 0])).tolist()
+             for i, (name, shot) in enumerate(zip(names, shots))}
+    common.save_plot(args.out_dir / "toy.png", lines, ",", aspect="equal",
+                     title="Points in a plane drift to the data, from left to right")
+
+
+@torch.no_grad()
+def make_figures(args, drifting: nn.Module, vae: nn.Module) -> None:
+    """16 images by one call: pictures, timings, sets for 05."""
+    net, names = common.recorded(drifting, args), common.load_checkpoint(args)["classes"]
+
+    def draw(noise: Tensor, rng=None) -> Tensor:
+        labels = torch.arange(len(noise), device=noise.device) % len(names)
+        return vae.to_images(sample(net, noise.flatten(1), labels))
+
+    if args.digits:
+        labels = torch.tensor([int(digit) for digit in args.digits], device=args.device)
+        x = sample(net, common.noise(args, len(labels), 64), labels)
+        path = args.out_dir / f"digits_{args.digits[:20]}.png"
+        common.save_grid(vae.to_images(x), path, "One call of the network", 20)
+        return print(path)
+
+    made = {"name": "drifting, 1 step", "method": "drifting", "sampler": "drifting", "steps": 1,
+            "network_calls": 1, "classes": len(names)}
+    noise = common.noise(args, 16, 1, 8, 8)
+    common.draw_and_time(args, [(made, draw)], noise, "One call", [*names, *names][:10])
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    networks = common.trained(args, make_models) if args.sample_only else train(args)
+    make_figures(args, **networks)
+    print(f"the results are in {args.out_dir}")
+
+
+if __name__ == "__main__":
+    common.run(main)
