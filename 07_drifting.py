@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None = None):
     parser = common.make_parser(__file__, "One step by drifting.", epochs=60, lr=1e-3)
     parser.set_defaults(batch_size=500)
     add = parser.add_argument
-    add("--width", **COUNT, default=512, help="numbers in a layer")
+    add("--width", type=int, choices=[8, 64, 256, 512, 1024], default=512, help="of a layer")
     add("--blocks", **COUNT, default=4, help="residual blocks")
     add("--vae", type=Path, metavar="FILE", help="weights of 02; None: those that are shipped")
     add("--samples", **COUNT, default=40, help="samples of each class in a step (data: the batch)")
@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None):
     add("--toy-steps", **COUNT, default=1000, help="training steps of the points in toy.png")
     add("--digits", help="draw these classes and stop; no training")
     tiny = {"dataset": "synthetic", "train_images": 128, "epochs": 8, "batch_size": 16,
-            "width": 32, "samples": 8, "toy_steps": 16, "eval_samples": 20}
+            "width": 64, "samples": 8, "toy_steps": 16, "eval_samples": 20}
     parser.set_defaults(sample_only=parser.parse_args(argv or []).digits is not None)
     args = common.parse(parser, argv, tiny, sampling=["digits", "toy_steps"])
     if not args.vae:  # the shipped one has seen nothing but digits
@@ -240,7 +240,8 @@ def train(args) -> dict[str, nn.Module]:
     ema = fit(args, state, "drifting", models["drifting"], loss, [rows],
               [test_rows + len(data[1])], args.epochs, args.lr,
               draw=lambda model: vae.to_images(sample(model, noise, ten)))
-    draw_nearest(args, ema, vae, mu.split([len(data[1]), len(test[1])]), data[0])
+    latents = zip(*(part.split([len(data[1]), len(test[1])]) for part in (mu, logvar)))
+    draw_nearest(args, ema, vae, latents, data[0], classes)
     draw_toy(args)
     return {"drifting": ema, "vae": vae}
 
@@ -263,17 +264,21 @@ def load_vae(args, state: dict, vae: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def draw_nearest(args, net, vae: nn.Module, mu: tuple[Tensor, Tensor], images: Tensor) -> None:
-    """Does it copy? Of 1,000 samples those that are nearest to a training image, and these."""
-    labels = torch.arange(1000, device=args.device) % net.blocks[0].label.num_embeddings
-    x = sample(net, common.noise(args, 1000, 64), labels)
-    known, fresh = ((part @ vae.R - vae.mean) / vae.std for part in mu)
-    near, fresh_near = (torch.cdist(part, known).min(dim=1) for part in (x, fresh[:1000]))
-    ten = near.values.argsort()[:10]
-    title = ("The ten of 1,000 samples nearest to a training image. Distances: median "
-             f"{near.values.median():.2f}, of test images {fresh_near.values.median():.2f}")
-    common.save_grid(torch.cat([vae.to_images(x[ten]), images[near.indices[ten]]]),
-                     args.out_dir / "samples_nearest.png", title, 10, ["samples", "training"])
+def draw_nearest(args, net, vae: nn.Module, latents, images: Tensor, classes: list[str]) -> None:
+    """Does it copy? Of 100 samples of each class the one that is nearest to a training image.
+    latents: mu and logvar of the training images, and of the test images."""
+    k = len(classes)
+    x = sample(net, common.noise(args, 100 * k, 64), torch.arange(100 * k, device=args.device) % k)
+    (mu, logvar), test = latents
+    known = vae.to_latent(mu, torch.full_like(logvar, -torch.inf)).flatten(1)  # without noise
+    near, test_near = (torch.cdist(part, known).min(dim=1)
+                       for part in (x, vae.to_latent(*test).flatten(1)[:2000]))
+    first = (near.values.view(100, k).argmin(0) * k + torch.arange(k, device=args.device))[:10]
+    pairs = torch.cat([vae.to_images(x[first]), images[near.indices[first]]])
+    title = (f"The nearest of 100 samples. Distances of all: median {near.values.median():.2f}; "
+             f"of test images {test_near.values.median():.2f}")
+    common.save_grid(pairs, args.out_dir / "samples_nearest.png", title, len(first),
+                     ["samples", "training images"], classes[:10])
 
 
 def draw_toy(args) -> None:

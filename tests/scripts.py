@@ -17,7 +17,8 @@ latent_flow = importlib.import_module("04b_latent_rflow")
 compare = importlib.import_module("05_compare")
 meanflow = importlib.import_module("06_meanflow")
 drifting = importlib.import_module("07_drifting")
-DRAWING = [ddpm, latent, cfg, flow, latent_flow, meanflow]
+UNETS = [ddpm, latent, cfg, flow, latent_flow, meanflow]
+DRAWING = [*UNETS, drifting]
 MODULES = [*DRAWING, compare]
 
 

@@ -16,14 +16,15 @@ import pytest
 import torch
 from PIL import Image
 from scripts import (
-    DRAWING,
     MODULES,
     ROOT,
+    UNETS,
     OneWeight,
     assert_same,
     cfg,
     compare,
     ddpm,
+    drifting,
     fit,
     flow,
     latent,
@@ -66,7 +67,7 @@ def inputs(module, n=11, size=28) -> list[torch.Tensor]:
     return [x, t, *more.get(module, [])]
 
 
-@pytest.mark.parametrize("module", DRAWING)
+@pytest.mark.parametrize("module", UNETS)
 def test_every_weight_of_the_unet_matters(module):
     model = unet(module)
     x = inputs(module)
@@ -460,7 +461,7 @@ def test_an_out_dir_that_is_a_file_ends_in_one_line(tmp_path):
 
 def test_all_scripts_have_the_same_fit():
     texts = {inspect.getsource(module.fit) for module in MODULES}
-    assert len(texts) == 1 and len(MODULES) == 7
+    assert len(texts) == 1 and len(MODULES) == 8
 
 
 def test_an_epoch_has_every_image_once_with_its_label(fast_dev):
@@ -816,10 +817,11 @@ TINY = ["--train-images", "24", "--epochs", "2", "--batch-size", "4"]  # enough 
 PAIRS = ["--pairs", "24", "--reflow-epochs", "2"]
 SHORT = ["--timesteps", "10"]
 TINY_OF = {ddpm: SHORT, cfg: SHORT, latent: [*SHORT, "--vae-epochs", "2"],
-           compare: [], flow: PAIRS, latent_flow: PAIRS, meanflow: ["--meanflow-epochs", "2"]}
+           compare: [], flow: PAIRS, latent_flow: PAIRS, meanflow: ["--meanflow-epochs", "2"],
+           drifting: ["--toy-steps", "1"]}
 STAGES = {ddpm: ["diffusion"], cfg: ["diffusion"], latent: ["vae", "diffusion"],
           flow: ["flow", "reflow"], latent_flow: ["flow", "reflow"], compare: ["judge"],
-          meanflow: ["flow", "meanflow"]}
+          meanflow: ["flow", "meanflow"], drifting: ["drifting"]}
 
 
 @pytest.mark.parametrize("module", MODULES)
