@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None = None):
     tiny = {"dataset": "synthetic", "train_images": 128, "epochs": 8, "batch_size": 16,
             "width": 64, "samples": 8, "toy_steps": 16, "eval_samples": 20}
     parser.set_defaults(sample_only=parser.parse_args(argv or []).digits is not None)
-    args = common.parse(parser, argv, tiny, sampling=["digits", "toy_steps"])
+    args = common.parse(parser, argv, tiny, sampling=["digits"])
     if not args.vae:  # the shipped one has seen nothing but digits
         own = args.out_dir.parent / "02_latent_diffusion" / "checkpoint.pt"
         shipped = common.WEIGHTS / "02_latent_diffusion.pt"

@@ -951,7 +951,7 @@ def test_a_reflow_starts_from_the_flow_and_learns_from_its_pairs(module, tmp_pat
     for name in names:
         x0, x1 = load(tmp_path / "pairs" / name).float()
         ends = module.adams_sample(networks["flow"], x0, 3)
-        assert torch.allclose(ends, x1, atol=0.01)
+        assert torch.allclose(ends, x1, atol=0.03)  # in half precision, from bfloat16
         assert not torch.allclose(ends, x0, atol=0.1)  # it does move
     assert all(path.read_text() == "mine" for path in foreign)
     monkeypatch.delattr(module, "make_pairs")  # for --resume uses those that are there
