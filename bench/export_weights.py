@@ -3,10 +3,10 @@
     python bench/export_weights.py runs/01_ddpm_ddim/checkpoint.pt
     python bench/export_weights.py --back weights/01_ddpm_ddim.pt --to runs/01_ddpm_ddim
 
-It keeps the averaged weights in half precision, the figures of the epochs and the origin, and
-leaves out what only --resume needs, and the frames of the film. --back makes a checkpoint from
-which --resume goes on with more epochs: the network starts from the averaged weights, and the
-optimizers anew.
+It keeps the averaged weights, the large ones in half precision (not 02's rotation), the figures of
+the epochs and the origin, and leaves out what only --resume needs, and the frames of the film.
+--back makes a checkpoint from which --resume goes on with more epochs: the network starts from
+the averaged weights, and the optimizers anew.
 """
 
 import argparse
@@ -21,7 +21,9 @@ import common
 
 
 def cast(weights: dict, dtype: torch.dtype) -> dict:
-    return {key: x.to(dtype) if x.is_floating_point() else x for key, x in weights.items()}
+    small = 4096 if dtype == torch.half else 0  # up to so many numbers, a tensor stays as it is
+    return {key: x.to(dtype) if x.is_floating_point() and x.numel() > small else x
+            for key, x in weights.items()}
 
 
 def main() -> None:

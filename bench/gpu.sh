@@ -61,6 +61,7 @@ run() { # a script, with further options: from its checkpoint, if there is one
             01*) set -- "${short[@]}" "$@" ;;
             0[23]*) set -- --timesteps 4 --ddim-steps 2 "$@" ;;
             04* | 06*) set -- --steps 1 "$@" ;;
+            07*) set -- --toy-steps 16 "$@" ;;
         esac
     fi
     stage "$script" "$python" "$script.py" --device "$device" --out-dir "$out/$script" \
@@ -70,9 +71,9 @@ run() { # a script, with further options: from its checkpoint, if there is one
 stage machine "$python" bench/gpu_table.py --describe "$device"
 [ -e "$out/machine.seconds" ] || [ "$end" = 0 ] || exit 1 # no such device, or no such interpreter
 for script in ${SCRIPTS:-04_rectified_flow 06_meanflow 02_latent_diffusion 04b_latent_rflow \
-    01_ddpm_ddim 03_cfg}; do
+    07_drifting 01_ddpm_ddim 03_cfg}; do
     more=() vae=$out/02_latent_diffusion/checkpoint.pt
-    [ "$script" = 04b_latent_rflow ] && [ -e "$vae" ] && more=(--vae "$vae")
+    case $script in 04b* | 07*) [ -e "$vae" ] && more=(--vae "$vae") ;; esac
     run "$script" "${more[@]}"
     if [ -e "$out/$script.seconds" ] && [ ! -e "$out/$script.tgz" ]; then
         "$python" bench/export_weights.py "$out/$script/checkpoint.pt" --to "$out/weights" &&

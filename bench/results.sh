@@ -31,7 +31,7 @@ stage() { # its name, then its command; what it prints goes to NAME.txt
 }
 
 for script in 01_ddpm_ddim 02_latent_diffusion 03_cfg 04_rectified_flow 04b_latent_rflow \
-    06_meanflow; do
+    06_meanflow 07_drifting; do
     stage $script "$python" $script.py $how --device "$device" --eval-samples "$samples" \
         --out-dir "$out/$script"
 done

@@ -138,7 +138,8 @@ def test_a_checkpoint_of_cuda_is_exported_for_any_device(cuda, run, tmp_path):
     state = torch.load(tmp_path / "weights" / "01_ddpm_ddim.pt", weights_only=True)
     average, = state["stages"]["diffusion"]["learned"]
     assert {x.device.type for x in average.values()} == {"cpu"}
-    assert {x.dtype for x in average.values()} == {torch.half}
+    assert {(x.numel() > 4096, x.dtype) for x in average.values()} == {
+        (True, torch.half), (False, torch.float)}
 
 
 def test_shipped_weights_can_be_trained_on(run, tmp_path):
@@ -159,7 +160,7 @@ def test_shipped_weights_can_be_trained_on(run, tmp_path):
         for weights in back[name]["learned"]:
             for key, weight in average.items():
                 assert torch.equal(weights[key], weight.float())
-                assert torch.equal(weight, first[name]["learned"][0][key].half())
+                assert torch.equal(weight, first[name]["learned"][0][key].to(weight.dtype))
 
     more = ["--resume", "--epochs", "3", "--lr", "1e-9", "--reflow-epochs", "1"]
     flow.train(flow.parse_args(options(tmp_path / "on", *more)))

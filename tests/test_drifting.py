@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scripts import drifting
+from scripts import drifting, options
 from torch import nn
 
 F64 = torch.float64
@@ -115,6 +115,38 @@ def test_a_row_has_an_image_of_each_class():
     for c in range(3):  # all of them, and as often as one another
         counts = rows[:, c].bincount(minlength=8)[labels == c]
         assert counts.min() >= counts.max() - 1 and counts.min() > 0
+
+
+def test_each_class_meets_latents_of_its_own_images(tmp_path, monkeypatch):
+    """The first number of µ stands for the class; as many data as a batch has rows."""
+    seen, whole = [], []
+    images = lambda n: [torch.zeros(n, 1, 28, 28), torch.arange(n) * 7 % 3]
+    monkeypatch.setattr(drifting.common, "load_images", lambda args: (
+        images(96), images(24), ["a", "b", "c"]))
+
+    def encode_all(vae, x):
+        whole.append(vae)
+        mu = torch.zeros(len(x), 64)
+        mu[:, 0] = torch.cat([images(96)[1], images(24)[1]])
+        return mu, torch.full((len(x), 64), -99.0)
+
+    def drifting_loss(model, noise, labels, data):
+        seen.append((noise, labels, data))
+        return model(noise, labels).square().mean()
+
+    monkeypatch.setattr(drifting.latent, "encode_all", encode_all)
+    monkeypatch.setattr(drifting, "drifting_loss", drifting_loss)
+    for name in ("draw_nearest", "draw_toy"):
+        monkeypatch.setattr(drifting, name, lambda *rest: None)
+    drifting.train(drifting.parse_args(options(tmp_path, "--epochs", "1")))
+    vae = whole[0]
+    assert len(seen) == 96 // 16 + 1  # and the held-out loss
+    for noise, labels, data in seen[:-1]:
+        assert noise.shape == (3, 8, 64) and data.shape == (3, 16, 64)
+        assert torch.equal(labels, torch.arange(3)[:, None].expand(3, 8))
+        mu = (data * vae.std + vae.mean) @ vae.R.T
+        expected = torch.arange(3.0)[:, None].expand(3, 16)
+        torch.testing.assert_close(mu[:, :, 0], expected, atol=0.01, rtol=0)
 
 
 def test_a_fresh_generator_depends_on_noise_and_later_on_the_class():
