@@ -37,8 +37,9 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 def in_bfloat16(forward):
     """A network's forward, whose layers compute in bfloat16 where that is faster: on CPUs that
-    have instructions for it, and on CUDA in training. What it returns is float32, and so is all
-    around it: losses, optimizers, averages, and what samplers add up. --no-bf16 is float32."""
+    have instructions for it, and on CUDA in training (in sampling, converting the weights takes
+    longer). What it returns is float32, and so is all outside of the network: losses, optimizers,
+    averages, and what samplers add up. --no-bf16 switches it off."""
     @functools.wraps(forward)
     def wrapped(self, x: Tensor, *rest: Tensor, **named: Tensor) -> Tensor:
         fast = x.is_cuda and torch.is_grad_enabled()
@@ -170,19 +171,19 @@ class Muon(torch.optim.Optimizer):
         kept = 1 - group["lr"] * group["weight_decay"]
         for rows in sorted({len(w) for w in group["params"]}):
             # Matrices of equally many rows go as one batch, padded by columns of zeros, which stay
-            # zero: in 01 that takes 240 kernels of a GPU, one by one it would be 911.
+            # zero: in 01 that takes 252 kernels of a GPU, one by one it would be 911.
             means, batch = [], [w for w in group["params"] if len(w) == rows]
             for w in batch:
                 if w not in self.state:
                     self.state[w]["mean"] = torch.zeros_like(w)
                 mean = self.state[w]["mean"].lerp_(w.grad, 1 - group["momentum"])
-                means.append(mean.flatten(1))  # (channels out, channels in * 9)
+                means.append(mean.flatten(1))  # (rows, all else)
             widest = max(mean.shape[1] for mean in means)
             x = torch.stack([F.pad(mean, (0, widest - mean.shape[1])) for mean in means])
             x = F.normalize(x, dim=(1, 2))  # no singular value above 1
             # Newton and Schulz: x becomes p x, five times, and then has singular values near 1.
-            # p depends on x xᵀ alone, which becomes p x xᵀ p and is small. So x waits for q, the
-            # product of all p: that saves a third of the time of 02 on a CPU.
+            # p comes from the small matrix x xᵀ alone, which becomes p x xᵀ p. So we multiply the
+            # p first and x once, at the end: that saves a third of the time of 02 on a CPU.
             gram, eye = x @ x.mT, torch.eye(rows, device=x.device)
             q, a = eye, 3.4445 * eye
             for _ in range(5):

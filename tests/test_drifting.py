@@ -115,6 +115,13 @@ def test_a_row_has_an_image_of_each_class():
     for c in range(3):  # all of them, and as often as one another
         counts = rows[:, c].bincount(minlength=8)[labels == c]
         assert counts.min() >= counts.max() - 1 and counts.min() > 0
+    assert torch.equal(drifting.one_of_each(labels, 4)[:, 3], torch.arange(8))  # no image of 3
+
+
+def test_samples_in_one_point_have_a_field_of_finite_size():
+    data = torch.randn(1, 500, 64)
+    loss = drifting.drifting_loss(lambda noise, _: 0 * noise, torch.randn(1, 2, 64), None, data)
+    assert loss.isfinite()
 
 
 def test_each_class_meets_latents_of_its_own_images(tmp_path, monkeypatch):

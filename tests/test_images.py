@@ -181,7 +181,7 @@ PAIRS = ["--pairs", "16", "--pair-steps", "1", "--reflow-epochs", "1"]
 LEARNING = {  # what the checkpoint remembers, and below that what must be typed again
     ddpm: ["--timesteps", "4"], latent: ["--timesteps", "4", "--vae-epochs", "1"],
     cfg: ["--timesteps", "4"], flow: PAIRS, latent_flow: PAIRS,
-    meanflow: ["--meanflow-epochs", "1"], drifting: ["--toy-steps", "1"]}
+    meanflow: ["--meanflow-epochs", "1"], drifting: ["--toy-steps", "16"]}
 SAMPLING = {
     ddpm: ["--ddim-steps", "2", "--ddim-sweep", "1"], latent: ["--ddim-steps", "2"],
     cfg: ["--ddim-steps", "2", "--guidance-sweep", "0"], flow: ["--steps", "1", "--ab2-steps", "3"],

@@ -819,7 +819,7 @@ PAIRS = ["--pairs", "24", "--reflow-epochs", "2"]
 SHORT = ["--timesteps", "10"]
 TINY_OF = {ddpm: SHORT, cfg: SHORT, latent: [*SHORT, "--vae-epochs", "2"],
            compare: [], flow: PAIRS, latent_flow: PAIRS, meanflow: ["--meanflow-epochs", "2"],
-           drifting: ["--toy-steps", "1"]}
+           drifting: ["--toy-steps", "16"]}
 STAGES = {ddpm: ["diffusion"], cfg: ["diffusion"], latent: ["vae", "diffusion"],
           flow: ["flow", "reflow"], latent_flow: ["flow", "reflow"], compare: ["judge"],
           meanflow: ["flow", "meanflow"], drifting: ["drifting"]}
