@@ -74,8 +74,7 @@ class VAE(nn.Module):
             conv_block(nn.Conv2d(1, 16, 3, 2, 1)),  # (B, 16, 14, 14)
             conv_block(nn.Conv2d(16, 32, 3, 2, 1)),  # (B, 32, 7, 7)
             conv_block(nn.Conv2d(32, 64, 7)))  # (B, 64, 1, 1)
-        self.fc_mu, self.fc_logvar = nn.Linear(64, 64), nn.Linear(64, 64)
-        self.fc_decode = nn.Linear(64, 64)
+        self.fc_mu, self.fc_logvar, self.fc_decode = (nn.Linear(64, 64) for _ in range(3))
         self.decoder = nn.Sequential(  # ..., padding, output padding
             conv_block(nn.ConvTranspose2d(64, 32, 7)),  # (B, 32, 7, 7)
             conv_block(nn.ConvTranspose2d(32, 16, 3, 2, 1, 1)),  # (B, 16, 14, 14)
