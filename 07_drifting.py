@@ -1,23 +1,23 @@
 """Drifting on MNIST: a digit in one call of the network, trained from scratch.
 
-Diffusion and flows draw in many small steps. A drifting model takes its small steps while it
-trains. A network f turns noise ε into a sample x = f(ε). In each training step every sample is
-told where to go: towards data near it, and away from other samples near it. This is the field
-V. The network learns to end at x + V, so its samples drift until they lie as the data do. Then
-attraction and repulsion cancel. To draw, one call is enough: no path, no teacher, no pairs.
+Diffusion and flows draw in many small steps. A drifting model takes its small steps while
+it trains. A network f turns noise ε into a sample x = f(ε). In each training step every
+sample is told where to go: towards data near it, and away from other samples near it. This
+is the field V. The network learns to end at x + V, so its samples drift until they lie as
+the data do. Then both forces cancel. To draw, one call is enough: no path, teacher, or pairs.
 
     x    = f(ε, c),  ε ~ N(0, I)                            a sample of class c
     loss = E ‖f(ε, c) - stopgrad(x + V(x))‖²                Deng et al. 2026, Eq. 6
     V    = E k(x, y⁺) (y⁺ - x) / Z⁺ - E k(x, y⁻) (y⁻ - x) / Z⁻       Eq. 8, 10: mean shift
-         = E k(x, y⁺) k(x, y⁻) (y⁺ - y⁻) / (Z⁺ Z⁻)          Eq. 11; Z⁺ = E k(x, y⁺), Z⁻ = E k(x, y⁻)
+         = E k(x, y⁺) k(x, y⁻) (y⁺ - y⁻) / (Z⁺ Z⁻)          Eq. 11; Z = E k for each
     k(x, y) = exp(-‖x - y‖ / τ)                             Eq. 12; ‖x - y‖ in units of its mean
 
     paper       code             shape
     ε           noise            (K, N, 64), N for each of K classes; or (B, 64)
     x, y⁺, y⁻   x, data, others  (K, N, 64), (K, M, 64), (K, N, 64): latents; y⁻ are samples, too
 
-Exchange data and samples in Eq. 11, and V changes its sign. If both have the same distribution,
-that changes nothing, so V is 0. (The reverse is not proven; see section 3.3.) toy.png shows it.
+Exchange data and samples in Eq. 11, and V changes its sign. If both have the same law, that
+changes nothing, so V is 0. (The reverse is not proven: section 3.3.) toy.png shows it.
 
 Why in the latent of 02? V needs hundreds of neighbours at once, and distances that mean
 something. A digit moved by two pixels is far from itself; in the latent that is better, and a
@@ -90,8 +90,8 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """Noise (..., 64) and labels (...) -> latents (..., 64), standardised. No norms: they would
-    hide how large the noise is, and with layer norms the Fréchet distance was a third larger."""
+    """Noise (..., 64) and labels (...) -> latents (..., 64), standardised. No norms: they
+    would hide how large the noise is; with them the Fréchet distance was a third larger."""
     def __init__(self, width: int, classes: int, blocks: int = 4):
         super().__init__()
         self.first, self.last = nn.Linear(64, width), nn.Linear(width, 64)
@@ -117,7 +117,7 @@ def drifting_field(x: Tensor, data: Tensor, others: Tensor, tau: float, own=None
     logits = -distance / (tau * distance.mean((1, 2), keepdim=True))
     if own is not None:
         logits[:, :, data.shape[1]:].masked_fill_(own, -torch.inf)
-    # Algorithm 2 has a softmax over all y of an x, and one over all x of a y, in place of 1 / Z
+    # In place of 1 / Z, Algorithm 2 has softmaxes over all y of an x and all x of a y
     k = (logits.log_softmax(2) / 2 + logits.log_softmax(1) / 2).exp()
     towards, away = k.split([data.shape[1], others.shape[1]], dim=2)
     towards, away = towards * away.sum(2, keepdim=True), away * towards.sum(2, keepdim=True)
