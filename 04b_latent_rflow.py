@@ -47,10 +47,10 @@ from common import COUNT, RATE, Attention, ResBlock
 
 def parse_args(argv: list[str] | None = None):
     parser = common.make_parser(__file__, "Latent flow.", epochs=40, lr=2e-3)
-    add, euler = parser.add_argument, [1, 2, 5, 10, 100]
+    add = parser.add_argument
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
     add("--vae", type=Path, metavar="FILE", help="weights of 02; None: those that are shipped")
-    add("--steps", **COUNT, nargs="+", default=euler, help="numbers of Euler steps")
+    add("--steps", **COUNT, nargs="+", default=[1, 2, 5, 10, 100], help="numbers of Euler steps")
     add("--ab2-steps", **COUNT, nargs="+", default=[5, 10], help="numbers of AB2 steps (flow)")
     add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="density of t in the flow")
     add("--reflow-t", choices=T_DENSITIES, default="half-at-0", help="density of t in the reflow")

@@ -73,7 +73,8 @@ def parse_args(argv: list[str] | None = None):
     add("--meanflow-lr", **RATE, default=1e-3, help="peak rate of MeanFlow")
     tiny = {"dataset": "synthetic", "train_images": 128, "epochs": 8, "batch_size": 16,
             "width": 8, "steps": [1, 2, 5], "eval_samples": 20, "meanflow_epochs": 4}
-    return common.parse(parser, argv, tiny, sampling=["steps"])
+    args = common.parse(parser, argv, tiny, sampling=["steps"])
+    return args
 
 
 class UNet(nn.Module):
