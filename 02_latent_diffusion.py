@@ -159,12 +159,12 @@ def make_models(width: int, timesteps: int, device: str = "cpu") -> dict[str, nn
     return {"diffusion": model, "vae": VAE().to(device)}
 
 
-def blob_rotation(mu: Tensor, images: Tensor) -> Tensor:
+def blob_rotation(decode, mean: Tensor) -> Tensor:
     """The rotation R (64, 64) after which each number of z R draws a place of its own.
-    The best linear decoder B (64, 784), images = µ B, both centred, tells what numbers of µ
-    draw; so those of µ R draw RᵀB. T (64, 784) is what we want: blobs on an 8x8 grid. With
+    B (64, 784), the decoder's derivative at the mean z (64,), tells what each number of z
+    draws; so those of z R draw RᵀB. T (64, 784) is what we want: blobs on an 8x8 grid. With
     B Tᵀ = U S Vᵀ, RᵀB is nearest to T for R = U Vᵀ (Schönemann 1966: Procrustes problem)."""
-    B = torch.linalg.lstsq(mu - mu.mean(0), (images - images.mean(0)).flatten(1)).solution
+    B = torch.autograd.functional.jacobian(lambda z: decode(z[None]).flatten(), mean).T.cpu()
     pixels, middles = torch.arange(28.0), torch.linspace(5, 22, 8)  # where digits have ink
     bump = torch.exp(-0.5 * ((pixels - middles[:, None]) / 2.5) ** 2)  # (8, 28)
     T = F.normalize(torch.einsum("iy,jx->ijyx", bump, bump).reshape(64, 784))
@@ -311,7 +311,7 @@ def train(args) -> dict[str, nn.Module]:
               args.vae_epochs, args.lr, draw=lambda model: model.decode(noise.flatten(1)))
     mu, logvar = encode_all(vae, data[0])
     if "diffusion" not in state["stages"]:  # else it has learned with the R that is stored
-        vae.R.copy_(blob_rotation(mu.cpu(), data[0].cpu()))
+        vae.R.copy_(blob_rotation(vae.decode, mu.mean(0)))
         vae.mean.copy_((mu @ vae.R).mean(0))
         vae.std.copy_(((mu @ vae.R).var(0) + logvar.exp().mean(0) @ vae.R**2).sqrt())  # of z R
         state["stages"]["vae"]["learned"][0] = vae.state_dict()  # for the checkpoints

@@ -878,7 +878,7 @@ def test_02_measures_its_latents_and_keeps_that(tmp_path, every_checkpoint):
     with torch.no_grad():
         mu, logvar = vae.encode(images)  # all 24 in one piece
     covariance = mu.T.cov() + logvar.exp().mean(0).diag()  # of z
-    R = latent.blob_rotation(mu, images)
+    R = latent.blob_rotation(vae.decode, mu.mean(0))
     mean, std = mu.mean(0) @ R, (R.T @ covariance @ R).diag().sqrt()
     assert mean.abs().min() > 0 and (std - 1).abs().min() > 0
     shutil.copy(tmp_path / "2.pt", tmp_path / "checkpoint.pt")
