@@ -56,6 +56,8 @@ def parse_args(argv: list[str] | None = None):
     tiny = {"dataset": "synthetic", "train_images": 128, "epochs": 8, "batch_size": 16,
             "width": 8, "timesteps": 20, "ddim_steps": 10, "vae_epochs": 4, "eval_samples": 20}
     args = common.parse(parser, argv, tiny, sampling=["ddim_steps"])
+    if args.batch_size < 2:
+        parser.error("--batch-size must be at least 2, for the VAE's batch norms")
     if args.ddim_steps > args.timesteps:
         parser.error(f"--ddim-steps: at most --timesteps {args.timesteps}")
     return args
@@ -263,7 +265,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
     adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
     learned = [ema, model, muon, adamw]
     done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
-    batches = len(data[0]) // args.batch_size  # in an epoch, without a smaller last one
+    batches = len(data[0]) // args.batch_size or 1  # in an epoch; a smaller last one is left out
     total = epochs * batches
     average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
     averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
@@ -293,7 +295,8 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                 losses.append(step(*[part[chosen] for part in data]))
                 if bar.update():  # true once a second, for reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
-            common.keep_epoch(args, state, name, learned, losses, start, rate, loss, test, draw)
+            common.keep_epoch(args, state, name, learned, losses, len(chosen), start, rate, loss,
+                              test, draw)
     return ema
 
 
@@ -373,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     networks = common.trained(args, make_models) if args.sample_only else train(args)
     make_figures(args, **networks)
-    print(f"the results are in {args.out_dir}")
+    common.say(f"the results are in {args.out_dir}")
 
 
 if __name__ == "__main__":

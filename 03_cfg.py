@@ -74,9 +74,7 @@ def parse_args(argv: list[str] | None = None):
     if args.ddim_steps > args.timesteps:
         parser.error(f"--ddim-steps: at most --timesteps {args.timesteps}")
     if args.digits is not None:
-        last = common.load_checkpoint(args)["network"]["classes"] - 1
-        if not set(args.digits) <= set("0123456789"[: last + 1]) or not args.digits:
-            parser.error(f"--digits {args.digits!r}: only digits from 0 to {last}")
+        args.digits = common.asked_classes(parser, args)
     return args
 
 
@@ -247,7 +245,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
     adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
     learned = [ema, model, muon, adamw]
     done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
-    batches = len(data[0]) // args.batch_size  # in an epoch, without a smaller last one
+    batches = len(data[0]) // args.batch_size or 1  # in an epoch; a smaller last one is left out
     total = epochs * batches
     average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
     averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
@@ -277,7 +275,8 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                 losses.append(step(*[part[chosen] for part in data]))
                 if bar.update():  # true once a second, for reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
-            common.keep_epoch(args, state, name, learned, losses, start, rate, loss, test, draw)
+            common.keep_epoch(args, state, name, learned, losses, len(chosen), start, rate, loss,
+                              test, draw)
     return ema
 
 
@@ -326,19 +325,22 @@ def make_figures(args, diffusion: nn.Module) -> None:
         made |= {"classes": len(names)} if s else {}
         samplers.append((made, partial(sample, s=s, eta=eta)))
     title = "Columns share their noise and, with s > 0, their class"
+    title += f" (the first 10 of {len(names)} classes)" * (len(names) > 10)
     common.draw_and_time(args, samplers, noise, title, [*names, *names][:10])
 
 
 def draw_digits(args, net, schedule: Schedule, names: list[str]) -> None:
     """--digits: the classes that were asked for, in one picture, twenty to a row."""
-    labels = torch.tensor([int(digit) for digit in args.digits], device=args.device)
-    v_hat = guided(net, labels, args.guidance, len(names))
-    x_T = common.noise(args, len(labels), 1, 28, 28)
-    path, shown = args.out_dir / f"digits_{args.digits[:20]}.png", labels[:20].tolist()
-    title = " ".join(names[i] for i in shown) + " ..." * (len(labels) > 20)
-    common.save_grid(ddim_sample(v_hat, schedule, x_T, args.ddim_steps), path,
-                     f"Guided, s = {args.guidance:g}: {title}", 20)
-    print(path)
+    x_T, images = common.noise(args, len(args.digits), 1, 28, 28), []
+    for part in range(0, len(x_T), 100):
+        labels = torch.tensor(args.digits[part : part + 100], device=args.device)
+        v_hat = guided(net, labels, args.guidance, len(names))
+        images.append(ddim_sample(v_hat, schedule, x_T[part : part + 100], args.ddim_steps))
+    shown = args.digits[:20]
+    path = args.out_dir / f"digits_{''.join(map(str, shown))}.png"
+    title = " ".join(names[i] for i in shown) + " ..." * (len(args.digits) > 20)
+    common.save_grid(torch.cat(images), path, f"Guided, s = {args.guidance:g}: {title}", 20)
+    common.say(path)
 
 
 def draw_path(args, sample) -> None:
@@ -363,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     networks = common.trained(args, make_models) if args.sample_only else train(args)
     make_figures(args, **networks)
-    print(f"the results are in {args.out_dir}")
+    common.say(f"the results are in {args.out_dir}")
 
 
 if __name__ == "__main__":

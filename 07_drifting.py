@@ -71,9 +71,7 @@ def parse_args(argv: list[str] | None = None):
         shipped = common.WEIGHTS / "02_latent_diffusion.pt"
         args.vae = shipped if args.dataset in ("mnist", "synthetic") else own
     if args.digits is not None:
-        last = common.load_checkpoint(args)["network"]["classes"] - 1
-        if not set(args.digits) <= set("0123456789"[: last + 1]) or not args.digits:
-            parser.error(f"--digits {args.digits!r}: only digits from 0 to {last}")
+        args.digits = common.asked_classes(parser, args)
     return args
 
 
@@ -174,7 +172,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
     adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
     learned = [ema, model, muon, adamw]
     done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
-    batches = len(data[0]) // args.batch_size  # in an epoch, without a smaller last one
+    batches = len(data[0]) // args.batch_size or 1  # in an epoch; a smaller last one is left out
     total = epochs * batches
     average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
     averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
@@ -204,7 +202,8 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                 losses.append(step(*[part[chosen] for part in data]))
                 if bar.update():  # true once a second, for reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
-            common.keep_epoch(args, state, name, learned, losses, start, rate, loss, test, draw)
+            common.keep_epoch(args, state, name, learned, losses, len(chosen), start, rate, loss,
+                              test, draw)
     return ema
 
 
@@ -272,11 +271,11 @@ def make_figures(args, drifting: nn.Module, vae: nn.Module) -> None:
     net, names = common.recorded(drifting, args), common.load_checkpoint(args)["classes"]
 
     if args.digits:
-        labels = torch.tensor([int(digit) for digit in args.digits], device=args.device)
+        labels = torch.tensor(args.digits, device=args.device)
         images = vae.to_images(sample(net, common.noise(args, len(labels), 64), labels))
-        path = args.out_dir / f"digits_{args.digits[:20]}.png"
+        path = args.out_dir / f"digits_{''.join(map(str, args.digits[:20]))}.png"
         common.save_grid(images, path, "Each digit by one call of the network", 20)
-        return print(path)
+        return common.say(path)
 
     def draw(noise: Tensor, rng) -> Tensor:
         labels = torch.arange(len(noise), device=noise.device) % len(names)
@@ -292,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     networks = common.trained(args, make_models) if args.sample_only else train(args)
     make_figures(args, **networks)
-    print(f"the results are in {args.out_dir}")
+    common.say(f"the results are in {args.out_dir}")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,19 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import statistics
 import sys
+import tempfile
 import time
-from collections import Counter
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+os.environ.pop("MPLBACKEND", None)  # a notebook's may be unknown here, and we open no windows
+import matplotlib
 import torch
 from matplotlib import colormaps, figure, get_data_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -101,46 +105,125 @@ class Attention(nn.Module):
 
 DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST,
             "kmnist": datasets.KMNIST, "synthetic": None}
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+RUN = ".run"  # an empty file that marks a folder of results
 
 
 def load_images(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor], list[str]]:
     """[images (N, 1, 28, 28) in [-1, 1], labels (N,)] to learn from, the same to test, classes."""
-    parts = []
-    for train, n in ((True, args.train_images), (False, None)):  # None: all of them
-        if args.dataset == "synthetic":  # a sixth as many to test, as in MNIST
-            images, labels = synthetic_digits(n or max(10, args.train_images // 6), not train)
-            classes = list("0123456789")
-        elif args.dataset in DATASETS:
-            with one_line_error(f"no {args.dataset} in {args.data_dir}; try --dataset synthetic"):
-                data = DATASETS[args.dataset](args.data_dir, train, download=True)
-            images, labels = data.data[:n, None] / 127.5 - 1, data.targets[:n]
-            classes = [name.split(" - ")[0] for name in data.classes]  # "7 - seven" is 7
-        else:
-            images, labels, classes = folder_images(Path(args.dataset), n, train)
-        parts.append([images.to(args.device), labels.to(args.device)])
-    if args.batch_size > len(parts[0][0]) and not args.sample_only:
-        sys.exit(f"--batch-size {args.batch_size}: there are only {len(parts[0][0])} images")
-    return *parts, classes
+    n, left_out = args.train_images, {}
+    if args.dataset == "synthetic":  # a sixth as many to test, as in MNIST
+        parts = [synthetic_digits(n, seed=0), synthetic_digits(max(10, n // 6), seed=1)]
+        classes = list("0123456789")
+    elif args.dataset in DATASETS:
+        data = [torchvision_set(args, train) for train in (True, False)]
+        parts = [(part.data[:, None] / 127.5 - 1, part.targets) for part in data]
+        classes = [name.split(" - ")[0] for name in data[0].classes]  # "7 - seven" is 7
+    else:
+        *parts, classes, left_out = folder_images(Path(args.dataset), args.out_dir)
+    train, test = ([x[:size].to(args.device) for x in part] for part, size in zip(parts, (n, None)))
+    counts = train[1].bincount(minlength=len(classes)).tolist()
+    names = [name if name == str(i) else f"{i} {name}" for i, name in enumerate(classes)]
+    names = ", ".join(f"{name} ({count:,})" for name, count in zip(names, counts))
+    say(f"{args.dataset}: {len(train[0]):,} images to learn from, {len(test[0]):,} to test; "
+        f"classes, and how many to learn from: {names}{told(left_out)}")
+    if len(train[0]) < args.batch_size and not args.sample_only:
+        say(f"--batch-size {args.batch_size} is too large: a batch has all {len(train[0])} images")
+    return train, test, classes
 
 
-def folder_images(folder: Path, n: int | None, train: bool) -> tuple[Tensor, Tensor, list[str]]:
-    """As load_images. The classes are the subfolders; every seventh file is for tests."""
-    files = sorted(p for p in folder.rglob("*.*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
-    if len(files) < 70:
-        sys.exit(f"{folder}: only {len(files)} PNG or JPEG files, and 70 are needed")
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
-    chosen = [files[i] for i in order if (i % 7 > 0 if train else i % 7 == 0)][:n]
-    images, classes = [], sorted({path.parent.name for path in files})
-    for path in tqdm(chosen, "images", delay=2):
-        with one_line_error(f"cannot use {path}"):
-            image = ImageOps.exif_transpose(Image.open(path))  # upright
-            if image.mode.startswith("I"):
-                raise ValueError("it has more than 8 bits a pixel")
-            white = Image.new("RGBA", image.size, "white")  # what is transparent becomes white
+def torchvision_set(args: argparse.Namespace, train: bool):
+    """MNIST or the like from --data-dir; if it is not there, it is downloaded."""
+    kind = DATASETS[args.dataset]
+    folder = args.data_dir / kind.__name__
+    with one_line_error(f"no {args.dataset} in {args.data_dir}; try --dataset synthetic"):
+        for file in folder.glob("raw/*-ubyte"):  # sizes in four bytes each, then a byte a number
+            data = file.read_bytes()
+            sizes = [int.from_bytes(data[4 * i :][:4], "big") for i in range(1, 1 + sum(data[3:4]))]
+            if len(data) != 4 + 4 * len(sizes) + math.prod(sizes):
+                sys.exit(f"{file} is broken: delete it")
+        if not folder.exists():  # all or nothing, as another run may want it, too
+            args.data_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=args.data_dir) as new:
+                kind(new, download=True)
+                with suppress(OSError):  # that run was faster
+                    Path(new, kind.__name__).rename(folder)
+        data = kind(args.data_dir, train, download=True)
+        if len(data.data) != len(data.targets):
+            raise ValueError(f"{len(data.data)} images with {len(data.targets)} labels")
+    return data
+
+
+def find_pictures(root: Path, left_out: dict, results: Path | None = None) -> list[Path]:
+    """All pictures under `root`, relative to it; what is no data goes to left_out[why]."""
+    found, seen = [], {results and results.resolve()}
+    def closed(error: OSError) -> None:
+        left_out["cannot be opened"].append(error.filename)
+    for folder, folders, files in os.walk(root, onerror=closed, followlinks=True):
+        hidden = [x for x in folders + files if x[0] == "." or x == "__MACOSX"]
+        folder, folders[:] = Path(folder), sorted({*folders} - {*hidden})
+        if RUN in files or folder.resolve() in seen:  # also at the end of a circle of links
+            left_out["hold results, or were seen before"].append(folder)
+            folders.clear()
+            continue
+        seen.add(folder.resolve())
+        left_out["are hidden"] += hidden
+        for path in sorted(folder / name for name in {*files} - {*hidden}):
+            picture = path.suffix.lower() in PICTURES and path.is_file()
+            (found if picture else left_out["are no pictures"]).append(path.relative_to(root))
+    return found
+
+
+def read_pictures(root: Path, paths: list[Path], left_out: dict) -> tuple[list[Path], Tensor]:
+    """Those paths that PIL can read, and what they show: (N, 1, 28, 28) in [-1, 1], upright, grey,
+    the longer side 28 pixels; black beside the shorter one, white where it is transparent."""
+    images = {}
+    for path in tqdm(paths, "pictures", delay=2):
+        try:
+            image = ImageOps.exif_transpose(Image.open(root / path))
+            if image.mode.startswith("I;16"):  # PIL would make white of all above 255
+                pixels = v2.functional.pil_to_tensor(image).float() / 257
+                image = v2.functional.to_pil_image(pixels.round().byte())
+            if image.mode in ("I", "F"):
+                raise ValueError("more than 16 bits a pixel")
+            white = Image.new("RGBA", image.size, "white")
             grey = Image.alpha_composite(white, image.convert("RGBA")).convert("L")
-        images.append(v2.functional.pil_to_tensor(ImageOps.pad(grey, (28, 28))))
-    labels = torch.tensor([classes.index(path.parent.name) for path in chosen])
-    return torch.stack(images) / 127.5 - 1, labels, classes
+            images[path] = v2.functional.pil_to_tensor(ImageOps.pad(grey, (28, 28)))
+        except Exception as error:  # noqa: BLE001  PIL raises many kinds
+            left_out["cannot be read"].append(f"{path}: {error}")
+    pixels = torch.stack([*images.values()]) if images else torch.zeros(0, 1, 28, 28)
+    return [*images], pixels / 127.5 - 1
+
+
+def folder_images(root: Path, results: Path) -> tuple[list[Tensor], list[Tensor], list[str], dict]:
+    """As load_images, and what was left out. A class is a folder in `root`, whatever lies below.
+    To test: all in test/ or val/, or a seventh, by a hash of each path, so that no file moves."""
+    left_out = defaultdict(list)
+    found = find_pictures(root, left_out, results)
+    tops = {path.parts[0].lower(): path.parts[0] for path in found if len(path.parts) > 1}
+    tests = [tops[name] for name in ("test", "val", "valid", "validation") if name in tops]
+    split = {tops["train"]: False, tests[0]: True} if tests and "train" in tops else {}
+    depth = 1 if split else 0  # of the class in a path
+    inside = [path for path in found if not split or path.parts[0] in split]
+    nested = [path for path in inside if len(path.parts) > depth + 1] or inside
+    left_out["lie beside the folders that count"] += sorted({*found} - {*nested})
+    digests = {path: hashlib.sha256(os.fsencode(path.as_posix())).digest() for path in nested}
+    paths, images = read_pictures(root, sorted(nested, key=digests.get), left_out)  # well mixed
+    if len(paths) < 70:
+        sys.exit(f"{root}: only {len(paths)} pictures, and 70 are needed{told(left_out)}")
+    named = [path.parts[depth] if len(path.parts) > depth + 1 else root.name for path in paths]
+    classes = sorted({*named}, key=lambda x: (not x.isdecimal(), x.isdecimal() and int(x), x))
+    labels = torch.tensor([classes.index(name) for name in named])
+    test = torch.tensor([split[path.parts[0]] if split else
+                         int.from_bytes(digests[path], "big") % 7 == 0 for path in paths])
+    return *([images[part], labels[part]] for part in (~test, test)), classes, left_out
+
+
+def told(left_out: dict) -> str:
+    """; left out: 2 are hidden (.DS_Store, ...)"""
+    reasons = [f"{len(names)} {why} ({names[0]}{', ...' * (len(names) > 1)})"
+               for why, names in left_out.items() if names]
+    return "; left out: " * bool(reasons) + ", ".join(reasons)
 
 
 def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -256,8 +339,9 @@ def make_parser(file: str, summary: str, epochs: int, lr: float) -> argparse.Arg
     add("--lr", **RATE, default=lr, help="peak rate of AdamW; that of Muon is ten times it")
     add("--seed", **whole, default=0, help="seed of training and sampling")
     add("--device", choices=devices, default=devices[0], help="where to compute")
-    add("--dataset", type=os.path.normpath, default="mnist", metavar="NAME",
-        help="mnist, fashion, kmnist, synthetic, or a folder of PNG or JPEG files")
+    add("--dataset", type=lambda x: x if x in DATASETS else str(Path(x).resolve()),
+        default="mnist", metavar="NAME",
+        help="mnist, fashion, kmnist, synthetic, or a folder of pictures, as ./mnist")
     add("--train-images", type=int, choices=Between(10), default=60_000, help="use the first N")
     add("--data-dir", type=Path, default=Path("data"), help="folder of downloads")
     add("--out-dir", type=Path, help=f"folder of the results; None: runs/{script}, or similar")
@@ -274,7 +358,10 @@ def parse(parser, argv: list[str] | None, tiny: dict, sampling: list[str]) -> ar
     """Where an option comes from: what is typed; with --resume or --sample-only the checkpoint, but
     not for options of `sampling`; with --fast-dev `tiny`; and then the parser's default."""
     first = parser.parse_args(argv or [])  # a look at what decides about the defaults
-    place = "" if first.dataset == "mnist" else Path(first.dataset).resolve().name
+    place = "" if first.dataset == "mnist" else first.dataset
+    if place not in ("", *DATASETS):  # folders of one name have different places
+        digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:6]
+        place = f"{Path(place).name}-{digest}"
     place = Path("runs", "fast_dev" if first.fast_dev else place, first.script)
     first.out_dir = first.out_dir or place
     state = load_checkpoint(first) if first.resume or first.sample_only else {"args": {}}
@@ -290,6 +377,19 @@ def parse(parser, argv: list[str] | None, tiny: dict, sampling: list[str]) -> ar
     return args
 
 
+def asked_classes(parser, args: argparse.Namespace) -> list[int]:
+    """--digits as numbers: names or numbers between commas, one name, or a digit for each."""
+    text, names = args.digits, load_checkpoint(args)["classes"]
+    words = text.split(",") if "," in text else [text] if text in names else list(text)
+    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    known = ", ".join(f"{i} {name}" * (name != str(i)) or name for i, name in enumerate(names))
+    if wrong := [word for word in words if word not in numbers] or [""] * (not words):
+        parser.error(f"--digits {text!r}: no class {wrong[0]!r}, only {known}")
+    if len(words) > 20_000:
+        parser.error(f"--digits: {len(words)} of them; a picture holds 20,000")
+    return [numbers[word] for word in words]
+
+
 @contextmanager
 def one_line_error(what: str, kinds=Exception):
     """An error of these kinds, which a user has caused, ends the script in one line."""
@@ -300,11 +400,26 @@ def one_line_error(what: str, kinds=Exception):
 
 
 def run(main) -> None:
-    """main() with what was typed; Ctrl-C ends it in one line."""
+    """main() with what was typed; Ctrl-C or a lack of memory ends it in one line."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit("stopped; --resume continues from the last epoch")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        sys.exit(f"out of memory: lower --batch-size, or --eval-samples (what was saved is kept; "
+                 f"{' '.join(str(error).split())[:200]})")
+
+
+def say(text: str) -> None:
+    """Prints. If the standard output is closed or full, the results do not suffer."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def load_checkpoint(args: argparse.Namespace, path: Path | None = None) -> dict:
@@ -325,10 +440,24 @@ def open_run(args: argparse.Namespace, **new) -> dict:
     torch.set_flush_denormal(True)  # numbers below 1e-38 make a CPU many times slower
     with one_line_error(f"--out-dir {args.out_dir} cannot be made", OSError):
         args.out_dir.mkdir(parents=True, exist_ok=True)
-    new |= {"path": "new", "stages": {}}
-    state = load_checkpoint(args) if args.resume or args.sample_only else new
-    print(f"{args.script} on {args.device}, weights: {state['path']}")
+        (args.out_dir / RUN).touch()
+    old, state = args.resume or args.sample_only, {"path": "new", "stages": {}} | new
+    if old or (args.out_dir / "checkpoint.pt").exists():
+        kept = load_checkpoint(args)
+        if not old and kept["args"]["dataset"] != args.dataset:
+            sys.exit(f"{kept['path']} is of {kept['args']['dataset']}: choose another --out-dir")
+        state = kept if old else state
+    same_classes(state, new.get("classes", state["classes"]))
+    say(f"{args.script} on {args.device}, weights: {state['path']}")
     return state
+
+
+def same_classes(state: dict, classes: list[str]) -> None:
+    """A class is a name: ends, if those of the images are not those that a network knows."""
+    if classes != state["classes"]:
+        came = [name for name in classes if name not in state["classes"]]
+        went = [name for name in state["classes"] if name not in classes]
+        sys.exit(f"{state['path']} knows other classes: new are {came}, gone {went}; train anew")
 
 
 def load_networks(state: dict, make_models, device: str) -> dict[str, nn.Module]:
@@ -366,6 +495,8 @@ def restore(state: dict, name: str, epochs: int, learned: list) -> int:
             if groups:  # of an optimizer: rates and decays stay those of the script
                 part.param_groups = groups
     done, order = len(stage["epochs"]), [*stages]
+    if done >= epochs:
+        say(f"{name}: nothing to train, {done} epochs of {epochs} are done")
     for later in order[order.index(name) + 1 :] if done < epochs else ():
         del stages[later]
     return done
@@ -380,7 +511,7 @@ def test_loss(loss, model: nn.Module, images: list[Tensor]) -> float:
     return total / len(images[0][:2000])
 
 
-def keep_epoch(args, state: dict, name: str, learned: list, losses, start, lr, loss, test, draw):
+def keep_epoch(args, state, name, learned, losses, batch, start, lr, loss, test, draw) -> None:
     """What an epoch of stage `name` came to: in the checkpoint, metrics.jsonl, and pictures."""
     mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
     if not mean < 1e9:  # it may be infinite, or no number
@@ -389,11 +520,11 @@ def keep_epoch(args, state: dict, name: str, learned: list, losses, start, lr, l
     stage["epochs"].append({
         "stage": name, "epoch": len(stage["epochs"]) + 1, "loss": mean, "lr": lr,
         "test_loss": test_loss(loss, ema, test), "seconds": seconds,
-        "images_per_second": len(losses) * args.batch_size / seconds})
+        "images_per_second": len(losses) * batch / seconds})
     stage["frames"] += [to_uint8(draw(ema))] if draw else []
     stage["learned"] = [part.state_dict() for part in learned]
     lines = "".join(json.dumps(line) + "\n" for line in history(state))
-    (args.out_dir / "metrics.jsonl").write_text(lines)
+    save(args.out_dir / "metrics.jsonl", lines)
     save(args.out_dir / "checkpoint.pt", state | origin(args))
     if seconds > 20:  # of a shorter epoch, pictures would take too large a share
         draw_progress(args.out_dir, state)
@@ -403,12 +534,15 @@ def history(state: dict) -> list[dict]:
     return [line for stage in state["stages"].values() for line in stage["epochs"]]
 
 
-def save(path: Path, state: dict) -> None:
+def save(path: Path, content: dict | str) -> None:
     """A kill, or a full disk, leaves the old file whole."""
     tmp = path.with_suffix(".tmp")
     try:
         with one_line_error(f"cannot write {path}", (OSError, RuntimeError)):
-            torch.save(state, tmp)
+            if isinstance(content, str):
+                tmp.write_text(content, encoding="utf-8")
+            else:
+                torch.save(content, tmp)
             tmp.replace(path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -458,6 +592,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # so that a name may have a $
 def save_grid(images: Tensor, path: Path, title: str, columns: int, rows=(), below=()) -> None:
     """(N, 1, 28, 28) in [-1, 1], twice as large, with names of rows and columns."""
     grid = utils.make_grid(to_uint8(images), nrow=columns)[0].numpy()
@@ -477,14 +612,15 @@ def save_gif(frames: list[Tensor], path: Path, columns: int) -> None:
     film[0].save(path, append_images=film[1:] + 16 * film[-1:], save_all=True, duration=120, loop=0)
 
 
+@matplotlib.rc_context({"text.parse_math": False})
 def save_plot(path: Path, lines: dict, style: str = ".-", **labels) -> None:
     """`lines` maps a name to points (x, y); `labels` are title, xlabel, ylabel, yscale."""
     axes = figure.Figure(figsize=(6, 4)).subplots()
     axes.set_prop_cycle(color=[*colormaps["tab20"].colors, "black"])
-    for name, points in lines.items():
-        axes.plot(*zip(*points), style, label=name)
+    for points in lines.values():
+        axes.plot(*zip(*points), style)
     axes.set(**labels)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the plot
+    axes.legend(axes.lines, [*lines], loc="upper left", bbox_to_anchor=(1, 1))  # beside the plot
     axes.figure.savefig(path, bbox_inches="tight")
 
 
@@ -529,24 +665,27 @@ def draw_and_time(args, samplers: list, noise: Tensor, title: str, below=(), **m
         save_grid(images, args.out_dir / f"samples_{made['file']}.png", line, columns=8)
         rows[f"{made['name']}\n{seconds:.3f} s"] = images[:10]
         made["images_per_second"] = n / time_draw(args, draw, noise.repeat(63, 1, 1, 1)[:n])[1]
-        print(f"{line}; {made['images_per_second']:.1f} images/s in batches of {n}")
+        say(f"{line}; {made['images_per_second']:.1f} images/s in batches of {n}")
     save_grid(torch.cat([*rows.values()]), args.out_dir / "samples.png", title, 10, [*rows], below)
     report = origin(args) | more | {
         "trained_on": state["hardware"], "samplers": [made for made, _ in samplers],
         "training_seconds": sum(line["seconds"] for line in history(state))}
-    (args.out_dir / "timings.json").write_text(json.dumps(report, indent=1))
+    save(args.out_dir / "timings.json", json.dumps(report, indent=1))
     for made, draw in samplers if args.eval_samples else ():
         drawn = draw_set(args, made, draw, noise.shape[1:])
-        save(args.out_dir / f"eval_{made['file']}.pt", origin(args) | made | drawn)
+        save(args.out_dir / f"eval_{made['file']}.pt",
+             origin(args) | made | drawn | {"names": state["classes"]})
 
 
 def draw_set(args, made: dict, draw, shape: torch.Size) -> dict:
     """--eval-samples images, of the same noise for every sampler, and labels if any."""
-    rng = torch.Generator().manual_seed(args.seed + 1)  # of the CPU: the same anywhere
-    noise = torch.randn(args.eval_samples, *shape, generator=rng).to(args.device)
-    size, slow = 1000 if noise.is_cuda else 50, noise.is_cpu and made["network_calls"] > 100
-    parts = (noise[:1000] if slow else noise).split(size)
-    rng = torch.Generator(args.device).manual_seed(args.seed)
-    images = torch.cat([to_uint8(draw(part, rng)) for part in tqdm(parts, made["name"])])
-    labels = torch.arange(len(images)) % size % made.get("classes", 1)  # as 03 asks for them
-    return {"images": images} | ({"labels": labels} if "classes" in made else {})
+    few = args.device == "cpu" and made["network_calls"] > 100  # else it would take hours
+    n, classes = min(args.eval_samples, 1000 if few else 10**9), made.get("classes", 1)
+    size = max((1000 if args.device == "cuda" else 50) // classes, 1) * classes  # of a part
+    begin = torch.Generator().manual_seed(args.seed + 1)  # of the CPU: the same anywhere
+    rng, images = torch.Generator(args.device).manual_seed(args.seed), []
+    for i in tqdm(range(0, n, size), made["name"]):
+        noise = torch.randn(min(size, n - i), *shape, generator=begin).to(args.device)
+        images.append(to_uint8(draw(noise, rng)))
+    labels = {"labels": torch.arange(n) % classes} if "classes" in made else {}  # as 03 asks
+    return {"images": torch.cat(images)} | labels

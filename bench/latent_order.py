@@ -170,8 +170,8 @@ def main() -> None:
     n = min(len(fake), 1000)
     result = {"arm": mine.arm, "seed": mine.seed, "losses": means, "images_per_second": rate,
               "FD": compare.frechet_distance(real, fake),
-              "precision": compare.share_inside(fake[:n], real[:n]),
-              "recall": compare.share_inside(real[:n], fake[:n])}
+              "precision": compare.near(fake[:n], real[:n], 3).any(1).double().mean().item(),
+              "recall": compare.near(real[:n], fake[:n], 3).any(1).double().mean().item()}
     common.save_grid(images[:40] / 127.5 - 1, mine.out_dir / f"{mine.arm}_{mine.seed}.png",
                      f"{mine.arm}: distance {result['FD']:.3g}", 10)
     with open(mine.out_dir / "results.jsonl", "a") as lines:

@@ -1,8 +1,9 @@
 """Data sets that are not MNIST: torchvision's other two, and folders of pictures."""
 
 import gzip
+import json
 import os
-import random
+import re
 from pathlib import Path
 
 import pytest
@@ -76,18 +77,18 @@ def test_torchvisions_sets_have_names_for_their_classes(
     assert torch.equal(images_again, images[:10]) and len(test_images) == 12
 
 
-def test_a_subfolder_is_a_class_and_every_seventh_picture_is_for_testing(tmp_path):
-    folder = write_folder(tmp_path / "shapes")
+def test_a_subfolder_is_a_class_and_about_a_seventh_of_the_pictures_is_for_testing(tmp_path):
+    folder = write_folder(tmp_path / "shapes", 100)
     args = arguments(tmp_path / "out", folder)
     (images, labels), (test_images, test_labels), classes = common.load_images(args)
-    assert (len(images), len(test_images)) == (72, 12)  # of 84
+    assert len(images) + len(test_images) == 300 and 25 < len(test_images) < 60  # 43 expected
     assert classes == ["circles", "squares", "stars"]
-    assert torch.cat([labels, test_labels]).bincount().tolist() == [28] * 3
+    assert torch.cat([labels, test_labels]).bincount().tolist() == [100] * 3
     for x, y in ((images, labels), (test_images, test_labels)):
         shades = (x[:, 0, 20, 20] + 1) * 127.5
         assert shades.tolist() == pytest.approx([list(SHADES.values())[label] for label in y])
         assert (x[:, 0, 0] == 1).all()  # up is up
-    assert {*labels[:12].tolist()} == {0, 1, 2}  # mixed, so that the first few have all classes
+    assert {*labels[:12].tolist()} == {0, 1, 2}  # mixed, so the first few have all classes
     first, test, _ = common.load_images(
         arguments(tmp_path / "out", folder, "--train-images", "20"))
     assert torch.equal(first[0], images[:20]) and torch.equal(first[1], labels[:20])
@@ -103,7 +104,7 @@ def test_a_folder_without_subfolders_is_one_class(tmp_path):
     (tmp_path / "flat" / "notes.txt").write_text("no picture")
     args = arguments(tmp_path / "out", tmp_path / "flat")
     (images, labels), (test_images, _), classes = common.load_images(args)
-    assert classes == ["flat"] and labels.tolist() == [0] * 60
+    assert classes == ["flat"] and labels.tolist() == [0] * len(images)
     shades = torch.cat([images, test_images])[:, 0, 0, 0]
     assert sorted(((shades + 1) * 127.5).round().tolist()) == [*range(70)]
 
@@ -123,22 +124,17 @@ def test_pictures_become_grey_and_fit_into_28x28(ending, mode, color, grey, tmp_
     assert pixels[7:21].flatten().tolist() == pytest.approx([grey] * 14 * 28, abs=2)
 
 
-@pytest.mark.parametrize("content", ["nothing", "few", "text", "half", "16 bits"])
-def test_a_bad_folder_ends_in_one_line(content, tmp_path):
+@pytest.mark.parametrize(("n", "left"), [(0, ""), (69, ""), (69, "notes.txt")])
+def test_a_folder_of_fewer_than_70_pictures_ends_in_one_line(n, left, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for i in range({"nothing": 0, "few": 69}.get(content, 70)):
-        pixels = random.Random(i).randbytes(784)
-        Image.frombytes("L", (28, 28), pixels).save(folder / f"{i}.png")
-        if i == 5:
-            whole = (folder / "5.png").read_bytes()
-            (folder / "5.png").write_bytes(b"hello" if content == "text" else whole[:300])
-            if content == "16 bits":
-                Image.new("I;16", (28, 28), 20_000).save(folder / "5.png")
+    for i in range(n):
+        Image.new("L", (28, 28), i).save(folder / f"{i}.png")
+    if left:
+        (folder / left).write_text("no picture")
     message = one_line(common.load_images, arguments(tmp_path / "out", folder))
-    assert str(folder) in message
-    assert ("only" if content in ("nothing", "few") else "") in message
-    assert content in ("nothing", "few") or "5.png" in message
+    assert f"{folder}: only {n} pictures, and 70 are needed" in message
+    assert ("1 are no pictures (notes.txt)" in message) == bool(left)
 
 
 def test_a_photo_is_turned_as_its_camera_says(tmp_path):
@@ -154,19 +150,26 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path):
 
 
 @pytest.mark.parametrize(("folder", "place"), [
-    ("pictures/mnist", "runs/mnist"), (".", "runs/pictures"), ("..", "runs/home"),
-    ("mnist", "runs")])
+    ("pictures/mnist", "runs/mnist-......"), (".", "runs/pictures-......"),
+    ("..", "runs/home-......"), ("./mnist", "runs/mnist-......"), ("mnist", "runs"),
+    ("fashion", "runs/fashion")])
 def test_a_folder_has_its_own_place_for_results(folder, place, tmp_path, monkeypatch):
     """Beside the runs on MNIST, also if its name is mnist or does not show."""
     (tmp_path / "home" / "pictures" / "mnist").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "home" / ("" if "/" in folder else "pictures"))
+    monkeypatch.chdir(tmp_path / "home" / ("" if folder == "pictures/mnist" else "pictures"))
     args = ddpm.parse_args(["--device", "cpu", "--dataset", folder])
-    assert args.out_dir.as_posix() == f"{place}/01_ddpm_ddim"
+    assert re.fullmatch(f"{place}/01_ddpm_ddim", args.out_dir.as_posix())
 
 
-def test_a_batch_of_more_pictures_than_there_are_ends_in_one_line(tmp_path):
-    args = arguments(tmp_path / "out", write_folder(tmp_path / "shapes", 24), "--batch-size", "62")
-    assert "--batch-size 62: there are only 61" in one_line(ddpm.train, args)
+def test_a_batch_of_more_pictures_than_there_are_is_all_of_them(tmp_path, capsys):
+    folder = write_folder(tmp_path / "shapes", 24)
+    args = arguments(tmp_path / "out", folder, "--batch-size", "72", *TINY, *LEARNING[ddpm],
+                     *SAMPLING[ddpm])
+    ddpm.train(args)
+    said = re.search(r"--batch-size 72 is too large: a batch has all (\d+) images",
+                     capsys.readouterr().out)
+    n, line = int(said[1]), json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    assert n < 72 and line["images_per_second"] * line["seconds"] == pytest.approx(n)
 
 
 @pytest.fixture
@@ -199,15 +202,16 @@ def test_each_script_learns_samples_resumes_and_draws_a_folder(
     monkeypatch.setattr(common, "save_grid", lambda *rest, **named: (
         seen.append(str(rest[1:])), save_grid(*rest, **named)))
     typed = ["--device", "cpu", "--dataset", "shapes"]
+    place = ddpm.parse_args(typed).out_dir.parent  # not where a run on MNIST would be
     learning, sampling = ["--batch-size", "8", *TINY], [*SAMPLING[module], "--eval-samples", "6"]
     if module in (latent_flow, drifting):
-        assert "shapes/02_latent_diffusion/checkpoint.pt" in one_line(
+        assert f"{place}/02_latent_diffusion/checkpoint.pt" in one_line(
             module.main, [*typed, *learning, *LEARNING[module], *sampling])
         latent.main([*typed, *learning, *LEARNING[latent], *SAMPLING[latent]])
     module.main([*typed, *learning, *LEARNING[module], *sampling])
-    out = tmp_path / "runs" / "shapes" / module.__name__  # not where a run on MNIST would be
+    out = place / module.__name__
     state = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert state["args"]["dataset"] == "shapes"
+    assert state["args"]["dataset"] == f"{tmp_path}/shapes"
     assert state["classes"] == ["circles", "squares", "stars"]
     if module is cfg:
         overview = next(line for line in seen if "samples.png" in line)
@@ -231,8 +235,8 @@ def test_each_script_learns_samples_resumes_and_draws_a_folder(
     module.main([*typed, "--sample-only", *SAMPLING[module]])
 
 
-def test_the_labels_of_three_classes_are_those_of_each_batch(tmp_path, monkeypatch, untimed):
-    """Batches of 50 begin with class 0 each, also where 50 is no multiple of 3."""
+def test_the_labels_of_a_set_are_the_classes_in_turn(tmp_path, monkeypatch, untimed):
+    """Also where 50, the images drawn at a time, is no multiple of their number."""
     args = arguments(tmp_path / "out", write_folder(tmp_path / "shapes", 24), *TINY,
                      *LEARNING[cfg], *SAMPLING[cfg], "--eval-samples", "120", "--guidance", "1",
                      module=cfg)
@@ -245,8 +249,21 @@ def test_the_labels_of_three_classes_are_those_of_each_batch(tmp_path, monkeypat
     cfg.make_figures(args, **networks)
     one, = (torch.load(path, weights_only=True) for path in (tmp_path / "out").glob("*s_1.pt")
             if "DDIM" in path.name)
-    assert one["labels"].tolist() == [*([0, 1, 2] * 17)[:50]] * 2 + [0, 1, 2] * 6 + [0, 1]
+    assert one["labels"].tolist() == [0, 1, 2] * 40 and one["names"] == [*SHADES]
     assert one["images"][:, 0, 0, 0].tolist() == [(0, 64, 128)[y] for y in one["labels"]]
+
+
+@pytest.mark.parametrize(("classes", "parts"), [
+    (None, [50, 50, 20]), (10, [50, 50, 20]), (62, [62, 58]), (200, [120])])
+def test_a_set_is_drawn_in_parts_of_whole_rounds_of_classes(classes, parts):
+    """From one stream of noise, however it is parted."""
+    args = ddpm.parse_args(["--device", "cpu", "--eval-samples", "120", "--seed", "4"])
+    made, seen = {"name": "", "network_calls": 1}, []
+    made |= {"classes": classes} if classes else {}
+    common.draw_set(args, made, lambda x, rng: seen.append(x) or x, (1, 8, 8))
+    assert [*map(len, seen)] == parts
+    rng = torch.Generator().manual_seed(5)
+    assert torch.equal(torch.cat(seen), torch.randn(120, 1, 8, 8, generator=rng))
 
 
 def test_03_draws_classes_by_number_and_names_them(tmp_path, monkeypatch, capsys, untimed):
@@ -257,11 +274,14 @@ def test_03_draws_classes_by_number_and_names_them(tmp_path, monkeypatch, capsys
     titles, save_grid = [], common.save_grid
     monkeypatch.setattr(common, "save_grid", lambda *rest, **named: (
         titles.append(rest[2]), save_grid(*rest, **named)))
-    cfg.main([*typed, "--digits", "201", *SAMPLING[cfg]])
-    assert titles == ["Guided, s = 3: stars circles squares"]
+    for asked in ("201", "2,0,1", "stars,circles,1"):
+        cfg.main([*typed, "--digits", asked, *SAMPLING[cfg]])
+    cfg.main([*typed, "--digits", "stars", *SAMPLING[cfg]])
+    assert titles == ["Guided, s = 3: stars circles squares"] * 3 + ["Guided, s = 3: stars"]
     capsys.readouterr()
-    last = usage_error(cfg, [*typed[2:], "--digits", "3", *SAMPLING[cfg]], capsys)
-    assert "--digits '3': only digits from 0 to 2" in last
+    for asked, wrong in (("3", "3"), ("", ""), ("stars,moons", "moons"), ("1,", ""), ("x", "x")):
+        last = usage_error(cfg, [*typed[2:], "--digits", asked, *SAMPLING[cfg]], capsys)
+        assert f"--digits {asked!r}: no class {wrong!r}, only 0 circles, 1 squares, 2" in last
 
 
 @pytest.mark.parametrize("how", ["--resume", "--sample-only"])
@@ -280,35 +300,36 @@ def test_05_judges_a_set_with_the_classifier_of_that_set_alone(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "shapes", 24)
     last = usage_error(compare, ["--dataset", "shapes"], capsys)
-    assert "weights/05_compare.pt has --dataset mnist: train anew for shapes" in last
+    shapes = f"{tmp_path}/shapes"
+    assert f"weights/05_compare.pt has --dataset mnist: train anew for {shapes}" in last
     typed = ["--device", "cpu", "--dataset", "shapes", "--eval-samples", "5"]
+    place = ddpm.parse_args(typed).out_dir.parent
     images = torch.randint(256, (5, 1, 28, 28)).byte()
-    for folder, dataset in (("01_ddpm_ddim", "shapes"), ("elsewhere", "fashion")):
-        (tmp_path / "runs" / "shapes" / folder).mkdir(parents=True)
+    for folder, dataset in (("01_ddpm_ddim", shapes), ("elsewhere", "fashion")):
+        (place / folder).mkdir(parents=True)
         torch.save({"images": images, "method": dataset, "args": {"dataset": dataset}},
-                   tmp_path / "runs" / "shapes" / folder / "eval_1.pt")
+                   place / folder / "eval_1.pt")
     training = [*typed, "--train-judge", "--epochs", "8", "--batch-size", "8"]
-    stranger = "runs/shapes/elsewhere/eval_1.pt"
+    stranger = f"{place}/elsewhere/eval_1.pt"
     assert f"cannot judge these: {stranger}" in one_line(compare.main, training)
     assert f"cannot judge these: {stranger}" in one_line(
         compare.main, [*typed, stranger])  # and now it is loaded, not trained
     Path(stranger).unlink()
     compare.main(training)
-    text = (tmp_path / "runs" / "shapes" / "05_compare" / "comparison.md").read_text()
-    assert "The classifier of shapes reads " in text
-    assert "10 test images" in text or "11 test images" in text
+    text = (place / "05_compare" / "comparison.md").read_text()
+    assert f"The classifier of {shapes} reads " in text
     methods = {line.split("|")[1].strip() for line in text.splitlines() if line.count("|") > 5}
-    assert {"shapes", "training images"} <= methods
-    checkpoint = Path("runs/shapes/05_compare/checkpoint.pt")
+    assert {shapes, "training images"} <= methods
+    checkpoint = place / "05_compare" / "checkpoint.pt"
     before = checkpoint.read_bytes()
     state = torch.load(checkpoint, weights_only=True)
     assert state["network"] == {"classes": 3} and state["classes"] == [*SHADES]
     assert len(state["stages"]["judge"]["learned"][0]["classify.weight"]) == 3
-    compare.main([*typed, "runs/shapes/01_ddpm_ddim/eval_1.pt"])
+    compare.main([*typed, f"{place}/01_ddpm_ddim/eval_1.pt"])
     assert checkpoint.read_bytes() == before
-    last = usage_error(compare, [*typed[:2], "--out-dir", "runs/shapes/05_compare", "--dataset",
+    last = usage_error(compare, [*typed[:2], "--out-dir", f"{place}/05_compare", "--dataset",
                                  "mnist"], capsys)
-    assert "has --dataset shapes: train anew for mnist" in last
+    assert f"has --dataset {shapes}: train anew for mnist" in last
 
 
 def test_printed_digits_as_pictures_are_the_same_digits(tmp_path):
