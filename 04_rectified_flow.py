@@ -31,7 +31,7 @@ Lines between random pairs cross, so the loss never gets to 0. It learns as 01 d
 Why does the network predict an image, and not v? v contains the noise of every pixel, which
 a network cannot copy exactly: some grey stays in the black. From x̂_1, the last step ends
 at x̂_1 itself, and black is easy to predict. One step of a shorter reflow scored 0.917, and
-1.71 where the network predicted v; the flow is 10% worse this way (ten steps; RESULTS.md).
+1.71 where the network predicted v; the flow is 10% worse this way (EXPERIMENTS.md).
 And 1-t divides: in v_θ it is at least 0.01, and after t = 0.95 the loss counts errors less.
 
 Euler's step takes the velocity at its start. AB2 estimates that in the middle of the step:

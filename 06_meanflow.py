@@ -34,7 +34,7 @@ half of the images r = t: there the target is x_1 - x_0, as for the flow. It lea
 
 Why log? It divides the gradient of an image by its error + c: Geng's weight with p = 1. Our
 sinusoids of t are so fast that near t = 0 du/dt is far too large; without the weight that ruined
-a training (RESULTS.md). The price: where targets differ, u leans to the most frequent.
+a training (EXPERIMENTS.md). The price: where targets differ, u leans to the most frequent.
 
     python 06_meanflow.py                    flow and MeanFlow, for a GPU
     python 06_meanflow.py --sample-only      no training: the shipped weights

@@ -158,19 +158,19 @@ def find_pictures(root: Path, left_out: dict, results: Path | None = None) -> li
     """All pictures under `root`, relative to it; what is no data goes to left_out[why]."""
     found, seen = [], {results and results.resolve()}
     def closed(error: OSError) -> None:
-        left_out["cannot be opened"].append(error.filename)
+        left_out["not to be opened"].append(error.filename)
     for folder, folders, files in os.walk(root, onerror=closed, followlinks=True):
         hidden = [x for x in folders + files if x[0] == "." or x == "__MACOSX"]
         folder, folders[:] = Path(folder), sorted({*folders} - {*hidden})
         if RUN in files or folder.resolve() in seen:  # also at the end of a circle of links
-            left_out["hold results, or were seen before"].append(folder)
+            left_out["with results, or seen before"].append(folder)
             folders.clear()
             continue
         seen.add(folder.resolve())
-        left_out["are hidden"] += hidden
+        left_out["hidden"] += hidden
         for path in sorted(folder / name for name in {*files} - {*hidden}):
             picture = path.suffix.lower() in PICTURES and path.is_file()
-            (found if picture else left_out["are no pictures"]).append(path.relative_to(root))
+            (found if picture else left_out["of other kinds"]).append(path.relative_to(root))
     return found
 
 
@@ -190,7 +190,7 @@ def read_pictures(root: Path, paths: list[Path], left_out: dict) -> tuple[list[P
             grey = Image.alpha_composite(white, image.convert("RGBA")).convert("L")
             images[path] = v2.functional.pil_to_tensor(ImageOps.pad(grey, (28, 28)))
         except Exception as error:  # noqa: BLE001  PIL raises many kinds
-            left_out["cannot be read"].append(f"{path}: {error}")
+            left_out["broken"].append(f"{path}: {error}")
     pixels = torch.stack([*images.values()]) if images else torch.zeros(0, 1, 28, 28)
     return [*images], pixels / 127.5 - 1
 
@@ -206,7 +206,7 @@ def folder_images(root: Path, results: Path) -> tuple[list[Tensor], list[Tensor]
     depth = 1 if split else 0  # of the class in a path
     inside = [path for path in found if not split or path.parts[0] in split]
     nested = [path for path in inside if len(path.parts) > depth + 1] or inside
-    left_out["lie beside the folders that count"] += sorted({*found} - {*nested})
+    left_out["beside the folders that count"] += sorted({*found} - {*nested})
     digests = {path: hashlib.sha256(os.fsencode(path.as_posix())).digest() for path in nested}
     paths, images = read_pictures(root, sorted(nested, key=digests.get), left_out)  # well mixed
     if len(paths) < 70:
@@ -220,7 +220,7 @@ def folder_images(root: Path, results: Path) -> tuple[list[Tensor], list[Tensor]
 
 
 def told(left_out: dict) -> str:
-    """; left out: 2 are hidden (.DS_Store, ...)"""
+    """; left out: 2 hidden (.DS_Store, ...), 1 broken (cat/5.png: ...)"""
     reasons = [f"{len(names)} {why} ({names[0]}{', ...' * (len(names) > 1)})"
                for why, names in left_out.items() if names]
     return "; left out: " * bool(reasons) + ", ".join(reasons)

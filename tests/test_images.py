@@ -134,7 +134,7 @@ def test_a_folder_of_fewer_than_70_pictures_ends_in_one_line(n, left, tmp_path):
         (folder / left).write_text("no picture")
     message = one_line(common.load_images, arguments(tmp_path / "out", folder))
     assert f"{folder}: only {n} pictures, and 70 are needed" in message
-    assert ("1 are no pictures (notes.txt)" in message) == bool(left)
+    assert ("1 of other kinds (notes.txt)" in message) == bool(left)
 
 
 def test_a_photo_is_turned_as_its_camera_says(tmp_path):

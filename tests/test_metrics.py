@@ -305,14 +305,11 @@ def test_sets_of_the_same_noise_share_their_luck():
     assert compare.judge_claim([flow, reflow], *CLAIMS["4a"])[2] == "open"
 
 
-def test_unlike_runs_and_second_sets_are_marked():
+def test_sets_of_another_machine_are_marked():
     epyc, xeon = "2 cores, AMD EPYC", "2 cores, Intel Xeon"
-    made = {"N": 20, "method": "diffusion", "sampler": "DDIM", "steps": 10}
-    rows = [made | {"hardware": xeon}, made | {"hardware": epyc}, made | {"hardware": epyc},
-            made | {"hardware": epyc, "steps": 20}, made | {"hardware": epyc, "N": 10}, made]
+    rows = [{"hardware": xeon}, {"hardware": epyc}, {"hardware": epyc}, {}]
     compare.add_notes(rows)
-    assert [row["note"] for row in rows] == [
-        f"on {xeon}", "", "a second set", "", "", "on an unknown machine"]
+    assert [row["note"] for row in rows] == [f"on {xeon}", "", "", "on an unknown machine"]
 
 
 # ------------------------------------------------------------------------------------ sets
