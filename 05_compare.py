@@ -27,10 +27,9 @@ The classifier reads 99.66% of the test digits. A high recall alone proves littl
 samples have a large R), nor does precision where one digit is far from all others.
 """
 
-import copy
+import importlib
 import statistics
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -38,10 +37,11 @@ import torch
 from matplotlib import figure
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import common
+
+fit = importlib.import_module("01_ddpm_ddim").fit  # the training loop, which all scripts share
 
 
 def parse_args(argv: list[str] | None = None):
@@ -147,52 +147,6 @@ def floor_of(judge: Judge, real: Tensor, phi: Tensor, training: dict, n: int) ->
     row = score(judge, real, {key: part[draws[0]] for key, part in training.items()})
     return row | {"method": "training images", "distance": distances.mean().item(),
                   "error": distances.std().item()}  # of one draw
-
-
-def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
-    """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
-    data, test: lists of tensors, a row an image; draw(network) -> ten images to look at."""
-    ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
-    large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
-    small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
-    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # which CUDA graphs read anew
-    muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
-    adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
-    learned = [ema, model, muon, adamw]
-    done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
-    batches = len(data[0]) // args.batch_size or 1  # in an epoch; a smaller last one is left out
-    total = epochs * batches
-    average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
-    averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
-                         for net in (ema, model))
-
-    def step(*batch: Tensor) -> Tensor:
-        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
-        value = loss(model, *batch)
-        model.zero_grad()
-        value.backward()
-        muon.step()
-        adamw.step()
-        average(averages, weights, None)
-        return value.detach()
-
-    step = common.recorded(step, args, one_shape=True)
-    with tqdm(total=total, initial=done * batches, desc=name, mininterval=1) as bar:
-        for epoch in range(done, epochs):
-            torch.manual_seed(epoch + 1000 * args.seed)  # so a resumed run is the same
-            order = torch.randperm(len(data[0]), device=args.device).split(args.batch_size)
-            losses, start = [], time.perf_counter()
-            for chosen in order[:batches]:
-                i = epoch * batches + len(losses)
-                rate = lr * min((i + 1) / min(200, total / 10), 1) * (1 - i / total)
-                muon_lr.fill_(10 * rate)  # up for 200 steps, then down to 0
-                adamw_lr.fill_(rate)
-                losses.append(step(*[part[chosen] for part in data]))
-                if bar.update():  # true once a second, for reading a loss makes a GPU wait
-                    bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
-            common.keep_epoch(args, state, name, learned, losses, len(chosen), start, rate, loss,
-                              test, draw)
-    return ema
 
 
 def train(args) -> dict[str, nn.Module]:

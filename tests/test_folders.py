@@ -285,9 +285,10 @@ def test_05_refuses_sets_whose_classes_have_other_names(tmp_path, monkeypatch):
     made = {"images": images, "labels": torch.tensor([0, 1] * 3), "args": {"dataset": str(root)}}
     torch.save(made | {"names": ["cat", "hen"]}, tmp_path / "old.pt")
     scoring = compare.parse_args([*args, str(tmp_path / "old.pt")])
-    assert "of other images or classes than" in one_line(compare.make_figures, scoring, networks["judge"])
+    judged = compare.make_figures, scoring, networks["judge"]
+    assert "of other images or classes than" in one_line(*judged)
     (root / "cat").rename(root / "ape")
-    assert "gone ['cat']" in one_line(compare.make_figures, scoring, networks["judge"])
+    assert "gone ['cat']" in one_line(*judged)
 
 
 @pytest.mark.parametrize("name", ["$a$", "$", "_b", "a_b^c", "\\alpha", "%"])

@@ -198,6 +198,14 @@ def test_shipped_weights_load_without_a_word(module, tmp_path, capfd):
     assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("module", [latent, latent_flow, drifting])
+def test_shipped_weights_are_of_the_default_command(module):
+    """The others follow when they are trained anew (RESULTS.md says what made them)."""
+    made = load(ROOT / "weights" / f"{module.__name__}.pt")["args"]
+    defaults = common.origin(module.parse_args(["--device", "cpu"]))["args"]
+    assert made | {"eval_samples": 0} == defaults
+
+
 def test_the_shipped_weights_of_03_draw_the_digits_that_are_asked_for(judge):
     labels, schedule = torch.arange(20) % 10, cfg.make_schedule(1000)
     x_T = torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
