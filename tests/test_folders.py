@@ -212,9 +212,10 @@ def test_our_results_are_not_data(tmp_path, monkeypatch, capsys):
     picture(out / "samples.png")
     assert out.parts[0] == "runs" and (out / "checkpoint.pt").exists()
     capsys.readouterr()
-    train, test, classes, said = load(".", capsys)
-    assert classes == ["cat", "dog"] and len(train + test) == 80
-    assert "with results, or seen before (" in said
+    for module in (ddpm, cfg):  # each has a folder of its own for its results
+        train, test, classes = common.load_images(arguments(".", module=module))
+        assert classes == ["cat", "dog"] and len(train[0]) + len(test[0]) == 80
+        assert "with results, or seen before (" in capsys.readouterr().out
     args = arguments(".", out=root)  # the results beside the pictures: they could not be told apart
     assert "only 0 pictures" in one_line(ddpm.train, args)
 
@@ -321,7 +322,7 @@ def test_03_draws_62_classes_and_says_which(tmp_path, monkeypatch):
 
 
 def test_a_notebook_and_a_console_without_accents(tmp_path):
-    """MPLBACKEND as Jupyter sets it, where its package is not installed."""
+    """MPLBACKEND as Jupyter sets it, where its package is not installed: matplotlib would end."""
     code = f"""
 import common
 from pathlib import Path
@@ -329,7 +330,7 @@ def main(argv):
     common.say("café ≤")
     common.save(Path("{tmp_path}/a.md"), "café ≤")
 common.run(main)"""
-    settings = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "module://no_such_package.backend_inline",
+    settings = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline",
                 "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (tmp_path / "code.py").write_text(code, encoding="utf-8")
     done = subprocess.run([sys.executable, tmp_path / "code.py"], text=True, check=False,
