@@ -245,8 +245,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                 losses.append(step(*[part[chosen] for part in data]))
                 if bar.update():  # true once a second, for reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
-            common.keep_epoch(args, state, name, learned, losses, len(chosen), start, rate, loss,
-                              test, draw)
+            common.keep_epoch(args, state, name, learned, losses, chosen, start, loss, test, draw)
     return ema
 
 

@@ -9,15 +9,16 @@ among samples (recall, coverage: are all kinds there?).
     FD        = |µ_r - µ_g|² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)     Heusel et al. 2017, Eq. 6
     precision = share of φ_g with |φ_g - φ_r| ≤ R_3(φ_r) for some φ_r    Kynkäänniemi et al. 2019
     recall    = share of φ_r with |φ_r - φ_g| ≤ R_3(φ_g) for some φ_g
-    density   = a fifth of how many φ_r have |φ_g - φ_r| ≤ R_5(φ_r), mean over φ_g
+    density   = a fifth of the number of φ_r with |φ_g - φ_r| ≤ R_5(φ_r), averaged over φ_g
     coverage  = share of φ_r with |φ_g - φ_r| ≤ R_5(φ_r) for some φ_g      Naeem et al. 2020
     R_k(φ) is the distance from φ to its k-th nearest neighbour in its own set
     φ_r, φ_g: features of the test digits (10,000, 64), samples (N, 64); µ, Σ: mean, covariance
 
 FD, the Fréchet distance, is really a squared distance, and a small set makes it too large.
 So each size N has its own table and floor: the mean FD of ten draws of N training digits.
-Claims compare distances minus the floor, and are open within two standard errors of a limit,
-by leaving out each twentieth of a set in turn. (Sets: --eval-samples of the others.)
+Claims compare distances minus the floor. One is open if it lies within two standard errors of
+its limit. We get the error of a distance by leaving out each twentieth of a set in turn. (The
+other scripts save sets with --eval-samples; here that takes the first N of each set.)
 
     python 05_compare.py                       score what is in runs/: table, plots, verdicts
     python 05_compare.py FILE.pt FOLDER        score these: a .pt, or a folder of pictures
@@ -30,7 +31,6 @@ samples have a large R), nor does precision where one digit is far from all othe
 import importlib
 import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -51,9 +51,9 @@ def parse_args(argv: list[str] | None = None):
     add("--train-judge", action="store_true", help="train the classifier of --dataset")
     add("--runs", type=Path, help="folder of all results; None: that of --out-dir")
     tiny = {"dataset": "synthetic", "train_images": 512, "epochs": 2, "batch_size": 32}
+    parser.set_defaults(eval_samples=10_000)
     first = parser.parse_args(argv or [])
-    parser.set_defaults(eval_samples=10_000, sample_only=not (
-        first.train_judge or first.resume or first.fast_dev))
+    parser.set_defaults(sample_only=not (first.train_judge or first.resume or first.fast_dev))
     args = common.parse(parser, argv, tiny, sampling=["files", "train_judge", "runs"])
     args.runs = args.runs or args.out_dir.parent
     if args.eval_samples < 5 or args.batch_size < 2:
@@ -145,8 +145,8 @@ def floor_of(judge: Judge, real: Tensor, phi: Tensor, training: dict, n: int) ->
     draws = [torch.randperm(len(phi), generator=rng)[:n] for _ in range(10)]
     distances = torch.tensor([frechet_distance(real, phi[draw]) for draw in draws])
     row = score(judge, real, {key: part[draws[0]] for key, part in training.items()})
-    return row | {"method": "training images", "distance": distances.mean().item(),
-                  "error": distances.std().item()}  # of one draw
+    error = distances.std().item() if 2 * n <= len(phi) else None  # else they overlap too much
+    return row | {"method": "training images", "distance": distances.mean().item(), "error": error}
 
 
 def train(args) -> dict[str, nn.Module]:
@@ -170,11 +170,11 @@ def load_set(path: Path, limit: int) -> dict:
     """The first `limit` samples of an evaluation set, or of a folder of pictures."""
     with common.one_line_error(f"{path} is no set: a .pt of 5 images or more, or a folder of them"):
         if path.is_dir():
-            left_out = defaultdict(list)
-            found = common.find_pictures(path, left_out)
+            found, left_out = common.find_pictures(path)
             images = common.read_pictures(path, found, left_out)[1]
             common.say(f"{path}: {len(images)} pictures{common.told(left_out)}")
-            samples = {"images": common.to_uint8(images)}
+            mixed = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+            samples = {"images": common.to_uint8(images[mixed])}  # so each part has all classes
         else:
             samples = torch.load(path, map_location="cpu", weights_only=True)
         images, n = samples["images"], len(samples["images"])
@@ -245,10 +245,12 @@ def judge_rule(a: dict, b: dict, key: str, limit: float) -> tuple[str, str]:
     figures = f"{HEADINGS[key]} {a[key]:.3g} against {b[key]:.3g}"
     if key in ("seconds", "images_per_second"):
         times = b[key] / a[key] if key == "seconds" else a[key] / b[key]
-        return "faster" if times >= limit else "not faster", f"{figures}, {times:.3g} times as fast"
+        slower = "slower" if times < 1 else f"not {limit:g} times as fast"
+        return "faster" if times >= limit else slower, f"{figures}, {times:.3g} times as fast"
 
     def margin(times: float) -> float:
         """By how many standard errors a is below `times` b; sets of one noise share their luck."""
+        times = 2 - times if b[key] < 0 else times  # below the floor, 1.25 times is lower
         if key == "above":
             error = standard_error(times * b["without"] - a["without"])
         else:  # shares of N, in which one image more or less is never certain
@@ -258,7 +260,7 @@ def judge_rule(a: dict, b: dict, key: str, limit: float) -> tuple[str, str]:
 
     verdict = ("better" if margin(1) > 2 else "as good" if margin(limit) > 2 else
                "worse" if margin(limit) < -2 else "open")
-    return verdict, figures + (f", {a[key] / b[key]:.3g} times" if b[key] > 0 else "")
+    return verdict, figures + (f", {a[key] / b[key]:.3g} times" if min(a[key], b[key]) > 0 else "")
 
 
 def judge_claim(rows: list[dict], claim: str, one: tuple, two: tuple, rules: dict) -> list[str]:
@@ -268,7 +270,7 @@ def judge_claim(rows: list[dict], claim: str, one: tuple, two: tuple, rules: dic
     lacking = [name for name, row in zip(names, (a, b)) if not row]
     lacking = lacking or [HEADINGS[key] for key in rules if None in (a.get(key), b.get(key))]
     if lacking:  # no such set, or it has no times or labels
-        return [claim, compared, "not measured", f"no {lacking[0]}; see --eval-samples"]
+        return [claim, compared, "not measured", f"no {lacking[0]} to compare"]
     found = [judge_rule(a, b, key, limit) for key, limit in rules.items()]
     return [claim, compared, *(", ".join(parts) for parts in zip(*found))]
 
@@ -319,7 +321,8 @@ def draw(args, n: int, rows: list[dict], floor: dict) -> None:
 
 def make_figures(args, judge: Judge) -> None:
     """Score the sets: a table, plots and verdicts for each size N."""
-    paths = args.files or sorted(args.runs.glob("*/eval_*.pt"))
+    paths = args.files or [path for path in sorted(args.runs.glob("*/eval_*.pt"))
+                           if (common.WEIGHTS / f"{path.parent.name}.pt").exists()]
     sets = {str(path): load_set(path, args.eval_samples) for path in paths}
     (images, labels), (test_images, test_labels), classes = common.load_images(args)
     training = {"images": common.to_uint8(images), "labels": labels.cpu()}

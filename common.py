@@ -123,7 +123,7 @@ def load_images(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor], l
         *parts, classes, left_out = folder_images(Path(args.dataset), args.out_dir)
     train, test = ([x[:size].to(args.device) for x in part] for part, size in zip(parts, (n, None)))
     counts = train[1].bincount(minlength=len(classes)).tolist()
-    names = [name if name == str(i) else f"{i} {name}" for i, name in enumerate(classes)]
+    names = [name if name.isdecimal() else f"{i} {name}" for i, name in enumerate(classes)]
     names = ", ".join(f"{name} ({count:,})" for name, count in zip(names, counts))
     say(f"{args.dataset}: {len(train[0]):,} images to learn from, {len(test[0]):,} to test; "
         f"classes, and how many to learn from: {names}{told(left_out)}")
@@ -154,16 +154,14 @@ def torchvision_set(args: argparse.Namespace, train: bool):
     return data
 
 
-def find_pictures(root: Path, left_out: dict, results: Path | None = None) -> list[Path]:
-    """All pictures under `root`, relative to it; what is no data goes to left_out[why]."""
-    found, seen = [], {results and results.resolve()}
-    def closed(error: OSError) -> None:
-        left_out["not to be opened"].append(error.filename)
-    for folder, folders, files in os.walk(root, onerror=closed, followlinks=True):
+def find_pictures(root: Path, results: Path | None = None) -> tuple[list[Path], dict]:
+    """All pictures under `root`, relative to it, and what is left out, by the reason for it."""
+    found, errors, left_out, seen = [], [], defaultdict(list), {results and results.resolve()}
+    for folder, folders, files in os.walk(root, onerror=errors.append, followlinks=True):
         hidden = [x for x in folders + files if x[0] == "." or x == "__MACOSX"]
         folder, folders[:] = Path(folder), sorted({*folders} - {*hidden})
         if RUN in files or folder.resolve() in seen:  # also at the end of a circle of links
-            left_out["with results, or seen before"].append(folder)
+            left_out["with results, or seen before"].append(folder.relative_to(root))
             folders.clear()
             continue
         seen.add(folder.resolve())
@@ -171,7 +169,8 @@ def find_pictures(root: Path, left_out: dict, results: Path | None = None) -> li
         for path in sorted(folder / name for name in {*files} - {*hidden}):
             picture = path.suffix.lower() in PICTURES and path.is_file()
             (found if picture else left_out["of other kinds"]).append(path.relative_to(root))
-    return found
+    left_out["not to be opened"] = [error.filename for error in errors]
+    return found, left_out
 
 
 def read_pictures(root: Path, paths: list[Path], left_out: dict) -> tuple[list[Path], Tensor]:
@@ -198,32 +197,34 @@ def read_pictures(root: Path, paths: list[Path], left_out: dict) -> tuple[list[P
 def folder_images(root: Path, results: Path) -> tuple[list[Tensor], list[Tensor], list[str], dict]:
     """As load_images, and what was left out. A class is a folder in `root`, whatever lies below.
     To test: all in test/ or val/, or a seventh, by a hash of each path, so that no file moves."""
-    left_out = defaultdict(list)
-    found = find_pictures(root, left_out, results)
+    found, left_out = find_pictures(root, results)
     tops = {path.parts[0].lower(): path.parts[0] for path in found if len(path.parts) > 1}
-    tests = [tops[name] for name in ("test", "val", "valid", "validation") if name in tops]
-    split = {tops["train"]: False, tests[0]: True} if tests and "train" in tops else {}
+    train = [tops[name] for name in ("train", "training") if name in tops]
+    test = [tops[name] for name in ("test", "testing", "val", "validation") if name in tops]
+    split = {train[0]: False, test[0]: True} if train and test else {}
     depth = 1 if split else 0  # of the class in a path
     inside = [path for path in found if not split or path.parts[0] in split]
-    nested = [path for path in inside if len(path.parts) > depth + 1] or inside
-    left_out["beside the folders that count"] += sorted({*found} - {*nested})
-    digests = {path: hashlib.sha256(os.fsencode(path.as_posix())).digest() for path in nested}
-    paths, images = read_pictures(root, sorted(nested, key=digests.get), left_out)  # well mixed
-    if len(paths) < 70:
-        sys.exit(f"{root}: only {len(paths)} pictures, and 70 are needed{told(left_out)}")
+    used = [path for path in inside if len(path.parts) > depth + 1] or inside  # or no classes
+    left_out["beside the folders that count"] += sorted({*found} - {*used})
+    digests = {path: hashlib.sha256(os.fsencode(path.as_posix())).digest() for path in used}
+    paths, images = read_pictures(root, sorted(used, key=digests.get), left_out)  # well mixed
     named = [path.parts[depth] if len(path.parts) > depth + 1 else root.name for path in paths]
-    classes = sorted({*named}, key=lambda x: (not x.isdecimal(), x.isdecimal() and int(x), x))
+    classes = sorted({*named}, key=lambda x: (int(x) if x.isdecimal() else math.inf, x))
     labels = torch.tensor([classes.index(name) for name in named])
-    test = torch.tensor([split[path.parts[0]] if split else
-                         int.from_bytes(digests[path], "big") % 7 == 0 for path in paths])
-    return *([images[part], labels[part]] for part in (~test, test)), classes, left_out
+    for_test = torch.tensor([split[path.parts[0]] if split else
+                             int.from_bytes(digests[path], "big") % 7 == 0 for path in paths])
+    n, tests = len(paths), int(for_test.sum())
+    if n < 70 or not 1 < tests < n - 9:
+        sys.exit(f"{root}: {n} pictures, {tests} of them for tests; at least 70 are needed, and 2 "
+                 f"for tests{told(left_out)}")
+    return *([images[part], labels[part]] for part in (~for_test, for_test)), classes, left_out
 
 
 def told(left_out: dict) -> str:
-    """; left out: 2 hidden (.DS_Store, ...), 1 broken (cat/5.png: ...)"""
+    """Text like "; left out: 2 hidden (.DS_Store, ...), 1 broken (cat/5.png: ...)"."""
     reasons = [f"{len(names)} {why} ({names[0]}{', ...' * (len(names) > 1)})"
                for why, names in left_out.items() if names]
-    return "; left out: " * bool(reasons) + ", ".join(reasons)
+    return "; left out: " + ", ".join(reasons) if reasons else ""
 
 
 def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -380,10 +381,11 @@ def parse(parser, argv: list[str] | None, tiny: dict, sampling: list[str]) -> ar
 def asked_classes(parser, args: argparse.Namespace) -> list[int]:
     """--digits as numbers: names or numbers between commas, one name, or a digit for each."""
     text, names = args.digits, load_checkpoint(args)["classes"]
-    words = text.split(",") if "," in text else [text] if text in names else list(text)
-    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    known = ", ".join(f"{i} {name}" * (name != str(i)) or name for i, name in enumerate(names))
-    if wrong := [word for word in words if word not in numbers] or [""] * (not words):
+    words = [text] if text in names else text.split(",") if "," in text else list(text) or [""]
+    numbers = {str(i): i for i, name in enumerate(names) if not name.isdecimal()}
+    numbers |= {name: i for i, name in enumerate(names)}  # a number that is a name is that name
+    known = ", ".join(name if name.isdecimal() else f"{i} {name}" for i, name in enumerate(names))
+    if wrong := [word for word in words if word not in numbers]:
         parser.error(f"--digits {text!r}: no class {wrong[0]!r}, only {known}")
     if len(words) > 20_000:
         parser.error(f"--digits: {len(words)} of them; a picture holds 20,000")
@@ -401,14 +403,15 @@ def one_line_error(what: str, kinds=Exception):
 
 def run(main) -> None:
     """main() with what was typed; Ctrl-C or a lack of memory ends it in one line."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # it is None, or a notebook's
+            stream.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit("stopped; --resume continues from the last epoch")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
             raise
         sys.exit(f"out of memory: lower --batch-size, or --eval-samples (what was saved is kept; "
                  f"{' '.join(str(error).split())[:200]})")
@@ -429,7 +432,7 @@ def load_checkpoint(args: argparse.Namespace, path: Path | None = None) -> dict:
         path = WEIGHTS / f"{args.script}.pt"
     with one_line_error(f"cannot use {path} as a checkpoint of {args.script}.py"):
         state = torch.load(path, map_location=args.device, weights_only=True)
-        if state["script"] != args.script or not {"network", "stages"} <= state.keys():
+        if state["script"] != args.script or not {"network", "stages", "classes"} <= state.keys():
             raise ValueError(f"it is one of {state['script']}.py, or of an earlier version")
         return state | {"path": str(path), "args": dict(state["args"])}
 
@@ -447,7 +450,8 @@ def open_run(args: argparse.Namespace, **new) -> dict:
         if not old and kept["args"]["dataset"] != args.dataset:
             sys.exit(f"{kept['path']} is of {kept['args']['dataset']}: choose another --out-dir")
         state = kept if old else state
-    same_classes(state, new.get("classes", state["classes"]))
+    if new:
+        same_classes(state, new["classes"])
     say(f"{args.script} on {args.device}, weights: {state['path']}")
     return state
 
@@ -511,16 +515,17 @@ def test_loss(loss, model: nn.Module, images: list[Tensor]) -> float:
     return total / len(images[0][:2000])
 
 
-def keep_epoch(args, state, name, learned, losses, batch, start, lr, loss, test, draw) -> None:
+def keep_epoch(args, state, name, learned, losses, chosen, start, loss, test, draw) -> None:
     """What an epoch of stage `name` came to: in the checkpoint, metrics.jsonl, and pictures."""
     mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
     if not mean < 1e9:  # it may be infinite, or no number
         sys.exit(f"the loss became {mean}: try a lower --lr (the checkpoint is kept)")
     stage, ema = state["stages"][name], learned[0]
     stage["epochs"].append({
-        "stage": name, "epoch": len(stage["epochs"]) + 1, "loss": mean, "lr": lr,
+        "stage": name, "epoch": len(stage["epochs"]) + 1, "loss": mean,
+        "lr": float(learned[-1].param_groups[0]["lr"]),
         "test_loss": test_loss(loss, ema, test), "seconds": seconds,
-        "images_per_second": len(losses) * batch / seconds})
+        "images_per_second": len(losses) * len(chosen) / seconds})
     stage["frames"] += [to_uint8(draw(ema))] if draw else []
     stage["learned"] = [part.state_dict() for part in learned]
     lines = "".join(json.dumps(line) + "\n" for line in history(state))
@@ -540,7 +545,7 @@ def save(path: Path, content: dict | str) -> None:
     try:
         with one_line_error(f"cannot write {path}", (OSError, RuntimeError)):
             if isinstance(content, str):
-                tmp.write_text(content, encoding="utf-8")
+                tmp.write_text(content, encoding="utf-8", errors="replace")
             else:
                 torch.save(content, tmp)
             tmp.replace(path)
@@ -680,7 +685,8 @@ def draw_and_time(args, samplers: list, noise: Tensor, title: str, below=(), **m
 def draw_set(args, made: dict, draw, shape: torch.Size) -> dict:
     """--eval-samples images, of the same noise for every sampler, and labels if any."""
     few = args.device == "cpu" and made["network_calls"] > 100  # else it would take hours
-    n, classes = min(args.eval_samples, 1000 if few else 10**9), made.get("classes", 1)
+    n = min(args.eval_samples, 1000) if few else args.eval_samples
+    classes = made.get("classes", 1)
     size = max((1000 if args.device == "cuda" else 50) // classes, 1) * classes  # of a part
     begin = torch.Generator().manual_seed(args.seed + 1)  # of the CPU: the same anywhere
     rng, images = torch.Generator(args.device).manual_seed(args.seed), []

@@ -133,7 +133,7 @@ def test_a_folder_of_fewer_than_70_pictures_ends_in_one_line(n, left, tmp_path):
     if left:
         (folder / left).write_text("no picture")
     message = one_line(common.load_images, arguments(tmp_path / "out", folder))
-    assert f"{folder}: only {n} pictures, and 70 are needed" in message
+    assert f"{folder}: {n} pictures, " in message and "at least 70 are needed" in message
     assert ("1 of other kinds (notes.txt)" in message) == bool(left)
 
 
@@ -305,14 +305,14 @@ def test_05_judges_a_set_with_the_classifier_of_that_set_alone(tmp_path, monkeyp
     typed = ["--device", "cpu", "--dataset", "shapes", "--eval-samples", "5"]
     place = ddpm.parse_args(typed).out_dir.parent
     images = torch.randint(256, (5, 1, 28, 28)).byte()
-    for folder, dataset in (("01_ddpm_ddim", shapes), ("elsewhere", "fashion")):
+    for folder, dataset in (("01_ddpm_ddim", shapes), ("03_cfg", "fashion")):
         (place / folder).mkdir(parents=True)
         torch.save({"images": images, "method": dataset, "args": {"dataset": dataset}},
                    place / folder / "eval_1.pt")
     training = [*typed, "--train-judge", "--epochs", "8", "--batch-size", "8"]
-    stranger = f"{place}/elsewhere/eval_1.pt"
-    assert f"cannot judge these: {stranger}" in one_line(compare.main, training)
-    assert f"cannot judge these: {stranger}" in one_line(
+    stranger = f"{place}/03_cfg/eval_1.pt"
+    assert f"of other images or classes than those of {shapes}: {stranger}" in one_line(compare.main, training)
+    assert f"of other images or classes than those of {shapes}: {stranger}" in one_line(
         compare.main, [*typed, stranger])  # and now it is loaded, not trained
     Path(stranger).unlink()
     compare.main(training)
