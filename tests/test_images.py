@@ -311,9 +311,9 @@ def test_05_judges_a_set_with_the_classifier_of_that_set_alone(tmp_path, monkeyp
                    place / folder / "eval_1.pt")
     training = [*typed, "--train-judge", "--epochs", "8", "--batch-size", "8"]
     stranger = f"{place}/03_cfg/eval_1.pt"
-    assert f"of other images or classes than those of {shapes}: {stranger}" in one_line(compare.main, training)
-    assert f"of other images or classes than those of {shapes}: {stranger}" in one_line(
-        compare.main, [*typed, stranger])  # and now it is loaded, not trained
+    message = f"of other images or classes than those of {shapes}: {stranger}"
+    assert message in one_line(compare.main, training)
+    assert message in one_line(compare.main, [*typed, stranger])  # now it is loaded, not trained
     Path(stranger).unlink()
     compare.main(training)
     text = (place / "05_compare" / "comparison.md").read_text()
