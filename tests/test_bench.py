@@ -179,3 +179,14 @@ def test_the_stages_of_shipped_weights_stand_as_they_were_learned():
                            "06_meanflow": ["flow", "meanflow"]}.items():
         file = common.WEIGHTS / f"{script}.pt"
         assert [*torch.load(file, weights_only=True)["stages"]] == stages
+
+
+def test_faint_pixels_are_counted_and_a_distance_is_without_them(bench, judge):
+    images = torch.tensor([0, 1, 15, 16, 255, 240], dtype=torch.uint8)
+    images = images.view(-1, 1, 1, 1).repeat(1, 1, 28, 28)
+    black = images * (images > 15)
+    real = torch.randn(50, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    faint = bench("faint").faint
+    share, as_it_is, without = faint(judge, real, images)
+    assert share == pytest.approx(2 / 6) and as_it_is != pytest.approx(without)
+    assert faint(judge, real, black) == (0, pytest.approx(without), pytest.approx(without))
