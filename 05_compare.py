@@ -303,7 +303,8 @@ def draw(args, n: int, rows: list[dict], floor: dict) -> None:
             color, mark = f"C{methods.index(method)}", "osD^vP*X"[samplers.index(sampler) % 8]
             bars = [2 * row.get("error", 0) for row in group]
             axes.errorbar(xs, ys, bars, color=color, marker=mark, lw=1)
-            axes.annotate(f"  {method}, {sampler}", (xs[0], ys[0]), color=color, fontsize=7)
+            axes.annotate(f"{method}, {sampler}", (xs[0], ys[0]), (6, 4), color=color,
+                          fontsize=7, textcoords="offset points")
         axes.axhline(floor["distance"], color="black", ls=":", label="training images")
         axes.set(xlabel=xlabel, xscale="log", yscale="log", ylabel="Fréchet distance",
                  title=f"Distance to the test images (lower is better), N = {n:,}")
