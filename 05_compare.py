@@ -308,7 +308,7 @@ def draw(args, n: int, rows: list[dict], floor: dict) -> None:
         axes.axhline(floor["distance"], color="black", ls=":", label="training images")
         axes.set(xlabel=xlabel, xscale="log", yscale="log", ylabel="Fréchet distance",
                  title=f"Distance to the test images (lower is better), N = {n:,}")
-        axes.legend()
+        axes.legend(loc="upper right")
         axes.figure.savefig(args.out_dir / f"quality_{x}_{n}.png", bbox_inches="tight", dpi=120)
     lines = {}
     for y in ("distance", "accuracy", "precision", "recall"):

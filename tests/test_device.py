@@ -59,7 +59,7 @@ def load(path: Path) -> dict:
 @pytest.mark.parametrize("module", DRAWING)
 def test_each_script_trains_resumes_and_samples(module, cuda, tmp_path, capsys, monkeypatch):
     module.main(tiny(module, tmp_path))
-    assert capsys.readouterr().out.splitlines()[0] == (
+    assert capsys.readouterr().out.splitlines()[1] == (
         f"{module.__name__} on cuda, weights: new")
     state = load(tmp_path / "checkpoint.pt")
     assert state["device"] == "cuda"
