@@ -5,7 +5,7 @@ variational autoencoder (VAE) first learns to turn an image into 64 numbers, its
 back. Its encoder gives means µ and variances σ². Its decoder must rebuild the image from a
 random z ~ N(µ, σ²), so latents near µ decode to similar images. A second term of the loss, w
 times the KL divergence, pulls every N(µ, σ²) towards N(0, I). With our w = 0.05 images stay
-sharp, but most z ~ N(0, I) decode to none. So stage two trains the diffusion of 01 on latents.
+sharp, but few z ~ N(0, I) decode to digits. So stage two trains the diffusion of 01 on latents.
 
     q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         w = 1: minus their Eq. 10

@@ -21,7 +21,7 @@ c3 is 2 width, as in 02: at 2x2 there is little to see. It learns as 01 does.
     python 04b_latent_rflow.py --sample-only    no training: the shipped weights
 
 Flow: 12 epochs, then --resume to 28 and to 40. Fréchet distances of 5,000 samples (real digits
-have 0.058), and S of 16 paths in 100 Euler steps (larger than in 04: the paths bend more):
+have 0.045), and S of 16 paths in 100 Euler steps (larger than in 04: the paths bend more):
     steps         1      2      5      10     100    S
     flow, Euler   39.0   1.57   0.594  0.424  0.301  0.40
     flow, AB2                   0.362  0.264
