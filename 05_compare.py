@@ -317,7 +317,8 @@ def draw(args, n: int, rows: list[dict], floor: dict) -> None:
                 lines.setdefault(HEADINGS[y], []).append((row["guidance"], row[y]))
     if lines:
         common.save_plot(args.out_dir / f"guidance_{n}.png", lines, xlabel="guidance scale s",
-                         title=f"Clarity and variety by guidance, N = {n:,}", ylabel="share; distance")
+                         ylabel="share; distance",
+                         title=f"Clarity and variety by guidance, N = {n:,}")
 
 
 def make_figures(args, judge: Judge) -> None:
