@@ -40,6 +40,11 @@ for n in "$samples" "$few"; do
         --out-dir "$out/05_compare_$n" $small
 done
 cat "$out/05_compare_$samples/comparison.md" "$out/05_compare_$few/comparison.md" >"$out/results.md"
+cp RESULTS.md "$out/RESULTS.md"
+"$python" bench/write_tables.py "$out/results.md" "$out/RESULTS.md"
+if [ "${1-}" != --dry-run ]; then
+    cp "$out/RESULTS.md" RESULTS.md
+fi
 for old in assets/0*; do # assets/01_path.gif is runs/results/01_ddpm_ddim/path.gif
     name=$(basename "$old")
     for new in "$out/${name%%_*}_"*/"${name#*_}"; do

@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from double import on_cuda
-from scripts import ROOT, ddpm, flow, latent, options
+from scripts import ROOT, compare, ddpm, flow, latent, options
 
 import common
 
@@ -190,3 +190,48 @@ def test_faint_pixels_are_counted_and_a_distance_is_without_them(bench, judge):
     share, as_it_is, without = faint(judge, real, images)
     assert share == pytest.approx(2 / 6) and as_it_is != pytest.approx(without)
     assert faint(judge, real, black) == (0, pytest.approx(without), pytest.approx(without))
+
+
+def sets(table, n, rows, claims):
+    """What 05 writes about sets of `n` images; rows: method, sampler, steps, distance, above."""
+    head = ["method", "sampler", "steps", "network calls", "Fréchet distance", "above the floor",
+            "standard error"]
+    return (f"Sets of N = {n} (floor: {n}):\n\n"
+            + table(head, [[*row[:3], row[2], *row[3:], "0.01"] for row in rows]) + "\n"
+            + table(["claim", "sets", "verdict", "figures"], claims) + "\n")
+
+
+def test_results_get_the_largest_set_of_each_sampler(run, bench, tmp_path):
+    table, floor = compare.table, ["training images", "", "", "0.045", ""]
+    large = sets(table, "5,000", [["diffusion", "DDIM", "10", "0.571", "0.526"], floor],
+                 [["1a", "a against b", "not measured", "no b"],
+                  ["2", "c against d", "worse", "3 against 1"]])
+    small = sets(table, "1,000", [["diffusion", "DDIM", "10", "0.6", "0.4"],
+                                  ["diffusion", "DDPM", "1,000", "0.3", "0.1"], floor],
+                 [["1a", "a against b", "faster", "2 against 20"],
+                  ["2", "c against d", "open", "2 against 1"]])
+    (tmp_path / "results.md").write_text("Read well.\n\n" + large + small, encoding="utf-8")
+    old = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    (tmp_path / "RESULTS.md").write_text(old, encoding="utf-8")
+    run("write_tables", tmp_path / "results.md", tmp_path / "RESULTS.md")
+    new = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+
+    def tables(text):  # the lines of tables of each section, and all other lines
+        parts = {part.split("\n")[0].split(":")[0]: part for part in text.split("\n## ")}
+        return {name: [line for line in part.splitlines() if line.startswith("|")]
+                for name, part in parts.items()}, [x for x in text.splitlines() if x[:1] != "|"]
+
+    (before, words), (after, same_words) = tables(old), tables(new)
+    assert words == same_words
+    assert after["01"][2:] == [
+        "| diffusion, DDIM, 10 steps | 10 | 5,000 | 0.571 | 0.526 ± 0.01 |",
+        "| diffusion, DDPM, 1,000 steps | 1,000 | 1,000 | 0.3 | 0.1 ± 0.01 |",
+        "| training images |  | 5,000 | 0.045 | ± 0.01 |"]
+    assert after["The claims"][2:] == ["| 1a | faster | 2 against 20 | 1,000 |",
+                                       "| 2 | worse | 3 against 1 | 5,000 |"]
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"01", "The claims"}
+    for section in bench("write_tables").METHODS:  # that all have their place
+        assert "new\n" in bench("write_tables").put(old, section, "new\n")
+    with pytest.raises(SystemExit, match="no table below ## 99:"):
+        bench("write_tables").put(old, "99:", "new\n")

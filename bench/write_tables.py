@@ -1,0 +1,106 @@
+"""Writes the tables of RESULTS.md from those of 05.
+
+    python bench/write_tables.py runs/results/results.md RESULTS.md
+
+The table of 01 is the first one below the heading "## 01: ...". Of each sampler it has the largest
+set, that of the claims their verdicts on the largest sets. A table without sets stays as it is.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+METHODS = {  # of a section
+    "01:": ["diffusion"], "02:": ["VAE prior", "latent diffusion"], "03:": ["guided diffusion"],
+    "04:": ["rectified flow", "reflow"], "04b:": ["latent flow", "latent reflow"],
+    "06:": ["MeanFlow"], "07:": ["drifting"],
+}
+COLUMNS = ["network calls", "N", "Fréchet distance", "above the floor", "precision", "recall",
+           "density", "coverage", "accuracy", "seconds for 16", "images/s"]
+
+
+def read(text: str) -> list[dict]:
+    """The rows of all tables of 05, each with its N."""
+    rows, n, head = [], "", []
+    for line in text.splitlines():
+        if line.startswith("Sets of N = "):
+            n = line.removeprefix("Sets of N = ").split(" ")[0]
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line[:1] == "|" else []
+        if head and cells and not cells[0].startswith("--"):
+            rows.append(dict(zip(head, cells)) | {"N": n})
+        head = (head or cells) if cells else []
+    return rows
+
+
+def size(row: dict) -> int:
+    return int(row["N"].replace(",", ""))
+
+
+def largest(rows: list[dict], keys: list[str]) -> list[dict]:
+    """Of rows that agree in `keys` the one with the largest N, in the order of the first."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row.get(key) for key in keys)].append(row)
+    return [max(group, key=size) for group in groups.values()]
+
+
+def table(head: list[str], lines: list[list[str]], words: int = 1) -> str:
+    """Markdown; the first `words` columns are text, the others numbers."""
+    rule = ["---"] * words + ["---:"] * (len(head) - words)
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])
+
+
+def scores(rows: list[dict], methods: list[str]) -> str:
+    """The table of a script; its last line is that of training digits."""
+    mine = [row for row in rows if row.get("method") in methods]
+    if not mine:
+        return ""
+    chosen = largest(mine, ["method", "sampler", "steps", "guidance"])
+    chosen.sort(key=lambda row: methods.index(row["method"]))
+    floor = largest([row for row in rows if row.get("method") == "training images"], ["method"])
+    columns, lines = [key for key in COLUMNS if any(row.get(key) for row in chosen)], []
+    for row in [*chosen, *floor]:
+        words = [row["method"], row["sampler"] if row["sampler"] != row["method"] else "",
+                 f"{row['steps']} step{'s' * (row['steps'] != '1')}" if row["steps"] else "",
+                 f"s = {row['guidance']}" if row.get("guidance") else ""]
+        cells = [row.get(key, "") for key in columns]
+        above = columns.index("above the floor")
+        cells[above] += f" ± {row['standard error']}" if row.get("standard error") else ""
+        lines.append([", ".join(word for word in words if word), *map(str.strip, cells)])
+    return table(["sampler", *columns], lines).replace("Fréchet distance", "FD")
+
+
+def claims(rows: list[dict]) -> str:
+    """Each claim by the largest sets for which it has a verdict; else by any."""
+    found = {}
+    for row in (row for row in rows if "verdict" in row):
+        rank = row["verdict"] != "not measured", size(row)
+        found[row["claim"]] = max(found.get(row["claim"], (rank, row)), (rank, row),
+                                  key=lambda pair: pair[0])
+    keys = "claim", "verdict", "figures", "N"
+    lines = [[row[key] for key in keys] for _, (_, row) in sorted(found.items())]
+    return table([*keys], lines, words=3) if lines else ""
+
+
+def put(text: str, section: str, made: str) -> str:
+    """`text` with `made` in place of the first table of a section."""
+    head = re.search(rf"^## {section}.*\n", text, re.MULTILINE)
+    old = head and re.compile(r"(?:^\|.*\n)+", re.MULTILINE).search(text, head.end())
+    if not old or "\n## " in text[head.end() : old.start()]:
+        sys.exit(f"there is no table below ## {section}")
+    return text[: old.start()] + made + text[old.end() :]
+
+
+def main() -> None:
+    source, target = map(Path, sys.argv[1:])
+    rows, text = read(source.read_text(encoding="utf-8")), target.read_text(encoding="utf-8")
+    tables = {"The claims": claims(rows)} | {k: scores(rows, names) for k, names in METHODS.items()}
+    for section, made in tables.items():
+        text = put(text, section, made) if made else text
+        print(f"{section} {'written' if made else 'no sets, so the table stays'}")
+    target.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
