@@ -132,6 +132,14 @@ def load_images(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor], l
     return train, test, classes
 
 
+def images_are_here(args: argparse.Namespace) -> bool:
+    """Can they be read without a download?"""
+    if args.dataset not in DATASETS:
+        return Path(args.dataset).is_dir()
+    kind = DATASETS[args.dataset]
+    return kind is None or (args.data_dir / kind.__name__).exists()
+
+
 def torchvision_set(args: argparse.Namespace, train: bool):
     """MNIST or the like from --data-dir; if it is not there, it is downloaded."""
     kind = DATASETS[args.dataset]

@@ -231,8 +231,16 @@ def test_each_script_learns_samples_resumes_and_draws_a_folder(
         weights, *_ = state["stages"]["diffusion"]["learned"]
         assert weights["label_tokens.weight"].shape[0] == 4
         assert [one["labels"].tolist() for one in sets if one["guidance"]] == [[0, 1, 2] * 2] * 2
+    drawn = []
+    monkeypatch.setattr(common, "save_grid", lambda _, path, *rest, **named: (
+        drawn.append(path.name)))
+    if module is latent:  # what needs images is drawn anew where they are
+        module.main([*typed, "--sample-only", *SAMPLING[module]])
+        assert drawn.pop(0) == "samples_vae.png"
+    drawn.clear()
     (tmp_path / "shapes").rename(tmp_path / "gone")  # what is trained needs no data
     module.main([*typed, "--sample-only", *SAMPLING[module]])
+    assert "samples.png" in drawn and "samples_vae.png" not in drawn
 
 
 def test_the_labels_of_a_set_are_the_classes_in_turn(tmp_path, monkeypatch, untimed):
