@@ -44,7 +44,7 @@ from common import COUNT, Attention, Between, ResBlock
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "Latent diffusion.", epochs=40, lr=2e-3)
+    parser = common.make_parser(__file__, "Latent diffusion.", epochs=40, lr=7e-4)
     add = parser.add_argument
     add("--vae-epochs", **COUNT, default=20, help="passes over the images for the VAE")
     add("--kl-weight", type=float, choices=Between(0), default=0.05, help="w, of the divergence")

@@ -46,7 +46,7 @@ from common import COUNT, RATE, Attention, ResBlock
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "Latent flow.", epochs=40, lr=2e-3)
+    parser = common.make_parser(__file__, "Latent flow.", epochs=40, lr=7e-4)
     add = parser.add_argument
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
     add("--vae", type=Path, metavar="FILE", help="weights of 02; None: those that are shipped")
