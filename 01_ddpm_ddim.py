@@ -40,8 +40,8 @@ v. Ho et al. predict ε; then x̂_0 needs a division by √ᾱ_t, and at t = T, 
 0.01 here, errors grow 100 times. As ‖v - v̂‖² = ‖ε - ε̂‖² / ᾱ_t, our loss counts noisy x_t
 for more than theirs.
 
-It learns by Muon (convolutions with 16 channels or more: rate 0.02, weight decay 0.1) and
-AdamW (all else: 0.002, 0.01); the rates fall to 0; an average of the weights samples. See
+It learns by Muon (convolutions with 16 channels or more: rate 0.007, weight decay 0.1) and
+AdamW (all else: 0.0007, 0.01); the rates fall to 0; an average of the weights samples. See
 fit().
 
     python 01_ddpm_ddim.py                              40 epochs, for a GPU
@@ -73,7 +73,7 @@ from common import COUNT, Attention, Between, ResBlock
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "DDPM and DDIM.", epochs=40, lr=2e-3)
+    parser = common.make_parser(__file__, "DDPM and DDIM.", epochs=40, lr=7e-4)
     add = parser.add_argument
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
     add("--timesteps", type=int, choices=Between(2), default=1000, help="T, from image to noise")

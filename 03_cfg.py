@@ -54,7 +54,7 @@ from common import COUNT, Attention, Between, ResBlock
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = common.make_parser(__file__, "Guided diffusion.", epochs=40, lr=2e-3)
+    parser = common.make_parser(__file__, "Guided diffusion.", epochs=40, lr=7e-4)
     add, scale = parser.add_argument, {"type": float, "choices": Between(0)}
     add("--width", type=int, choices=[8, 16, 32, 64], default=32, help="channels at 28x28")
     add("--timesteps", type=int, choices=Between(2), default=1000, help="T, from image to noise")

@@ -13,6 +13,7 @@ is changed in it:
     white                 z is whitened before R is found
     shape=4x4x4           4 channels at 4x4: a blob, its two slopes, and their product; 16x2x2
     width=32 epochs=6     of the U-Net
+    lr=0.002              the rate, if not that of 02, 0.0007
     vae=PATH              a checkpoint or weights of 02
 Appends a line to results.jsonl: the loss of each epoch, and of 2,000 samples by DDIM-50 the
 distance, precision and recall. Needs MNIST in data/.
@@ -86,6 +87,7 @@ def main() -> None:
     order, *changes = mine.arm.split("+")
     values = dict(change.split("=") for change in changes if "=" in change)
     shape = tuple(int(n) for n in values.get("shape", "1x8x8").split("x"))
+    lr = float(values.get("lr", 7e-4))
     width, epochs = int(values.get("width", 64)), int(values.get("epochs", 3))
     mine.out_dir.mkdir(parents=True, exist_ok=True)
     args = latent.parse_args(["--device", "cpu"])
@@ -133,7 +135,7 @@ def main() -> None:
     net = net.to(memory_format=torch.channels_last)
     large = [w for w in net.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
     small = [w for w in net.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
-    muon, adamw = common.Muon(large, 0.02), torch.optim.AdamW(small, 2e-3, fused=True)
+    muon, adamw = common.Muon(large, 10 * lr), torch.optim.AdamW(small, lr, fused=True)
     ema, batches = copy.deepcopy(net), len(digits) // 128
     total, start, means = epochs * batches, time.process_time(), []
     for epoch in range(epochs):
@@ -146,7 +148,7 @@ def main() -> None:
             loss = latent.diffusion_loss(net, schedule, x0, step, torch.randn_like(x0))
             net.zero_grad()
             loss.backward()
-            rate = 2e-3 * min((i + 1) / 200, 1) * (1 - i / total)
+            rate = lr * min((i + 1) / 200, 1) * (1 - i / total)
             muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = 10 * rate, rate
             muon.step()
             adamw.step()
