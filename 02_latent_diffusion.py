@@ -2,10 +2,10 @@
 
 Most pixels say little, yet diffusion in pixels works on all of them in every step. So a
 variational autoencoder (VAE) first learns to turn an image into 64 numbers, its latent, and
-back. Its encoder gives means µ and variances σ². Its decoder must rebuild the image from a
-random z ~ N(µ, σ²), so latents near µ decode to similar images. A second term of the loss, w
-times the KL divergence, pulls every N(µ, σ²) towards N(0, I). With our w = 0.05 images stay
-sharp, but few z ~ N(0, I) decode to digits. So stage two trains the diffusion of 01 on latents.
+back. Its encoder gives means µ and variances σ²; its decoder rebuilds the image from a random
+z ~ N(µ, σ²), so latents near µ decode to similar images. A second term of the loss, w times
+the KL divergence, pulls each N(µ, σ²) towards N(0, I). With our w = 0.05 images stay sharp, but
+few z ~ N(0, I) decode to digits. So stage two trains the diffusion of 01 on latents.
 
     q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         w = 1: minus their Eq. 10
@@ -16,14 +16,13 @@ sharp, but few z ~ N(0, I) decode to digits. So stage two trains the diffusion o
     x_0, x_t, ε, v  x0, x_t, noise, v         (B, 1, 8, 8), x_0 standardised, as large as ε
 
 Why 1x8x8, and why R? As 8x8, z fits the U-Net of 01. But convolutions expect neighbours
-that belong together, as in Rombach's latents, which come from convolutions. Ours come from a
-linear layer, in no order. So after the VAE's training we find a rotation R: each number of
-z R draws a place of its own. That more than halves the distance after three epochs.
+that belong together, as Rombach's latents have them; ours, from a linear layer, have no
+order. So after the VAE's training we find a rotation R: each number of z R draws a place of
+its own. That more than halves the distance after three epochs.
 
-    python 02_latent_diffusion.py    99 minutes on a core of an Intel Xeon, beside other work
-
-Measured: DDIM-100 draws 4.2 times as many digits a second as 01 (NVIDIA H200); their Fréchet
-distance is 0.377 (R = I), that of 01 0.208, of training digits 0.045.
+Measured: python 02_latent_diffusion.py takes 99 minutes on a core of an Intel Xeon. DDIM-100
+draws 4.2 times as many digits a second as 01 (NVIDIA H200); its Fréchet distance is 0.377
+(R = I), that of 01 0.208, of training digits 0.045.
 """
 
 import copy
@@ -351,9 +350,8 @@ def draw_vae(args, vae: VAE, x: Tensor, labels: Tensor, classes: list[str]) -> N
 @torch.no_grad()
 def make_figures(args, diffusion: nn.Module, vae: VAE) -> None:
     """16 images from the same noise by every sampler: pictures, timings, sets for 05."""
-    if args.sample_only and common.images_are_here(args):
-        _, test, classes = common.load_images(args)
-        draw_vae(args, vae, *test, classes)
+    if args.sample_only and (found := common.test_images(args)):  # it needs none
+        draw_vae(args, vae, *found)
     net = common.recorded(diffusion, args)
     schedule, noise = make_schedule(args.timesteps), common.noise(args, 16, 1, 8, 8)
     path, n = [], args.ddim_steps  # (t, x_t, x̂_0) at every step

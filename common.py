@@ -132,12 +132,14 @@ def load_images(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor], l
     return train, test, classes
 
 
-def images_are_here(args: argparse.Namespace) -> bool:
-    """Can they be read without a download?"""
-    if args.dataset not in DATASETS:
-        return Path(args.dataset).is_dir()
-    kind = DATASETS[args.dataset]
-    return kind is None or (args.data_dir / kind.__name__).exists()
+def test_images(args: argparse.Namespace) -> list:
+    """[images, labels, classes] to test; [] if they are not here."""
+    kind = DATASETS.get(args.dataset)
+    place = args.data_dir / kind.__name__ if kind else Path(args.dataset)
+    if args.dataset != "synthetic" and not place.is_dir():
+        return []
+    _, test, classes = load_images(args)
+    return [*test, classes]
 
 
 def torchvision_set(args: argparse.Namespace, train: bool):

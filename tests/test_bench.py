@@ -235,3 +235,10 @@ def test_results_get_the_largest_set_of_each_sampler(run, bench, tmp_path):
         assert "new\n" in bench("write_tables").put(old, section, "new\n")
     with pytest.raises(SystemExit, match="no table below ## 99:"):
         bench("write_tables").put(old, "99:", "new\n")
+
+
+def test_how_near_copies_come(bench):
+    """Distances 0, 1, ..., 20 to the nearest of the cloud: their median and 5% quantile."""
+    cloud = torch.tensor([[0.0, 0.0], [0.0, 100.0]])
+    points = torch.stack([torch.arange(21.0), torch.arange(21) % 2 * 100.0], dim=1)
+    assert bench("copies").nearest(points, cloud) == pytest.approx((10, 1))
