@@ -253,7 +253,7 @@ def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan 2024), for convolutions: if the mean of recent gradients, as a matrix with a
-    row for each output channel, is U S Vᵀ (its SVD), the step is about lr U Vᵀ. (torch.optim.Muon
+    row for each index of dimension 0, is U S Vᵀ (an SVD), the step is about lr U Vᵀ. (That of torch
     takes matrices alone and reads the rate on the CPU: pytorch's pull requests 180561, 187133.)"""
     def __init__(self, weights: list, lr: float | Tensor, momentum=0.95, weight_decay=0.1):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
