@@ -218,13 +218,14 @@ def train(args) -> dict[str, nn.Module]:
         state["stages"]["vae"] = {"epochs": [], "frames": [], "learned": [weights]}
     vae = models["vae"].eval().requires_grad_(False)  # fixed from here on
     vae.load_state_dict(state["stages"]["vae"]["learned"][0])
-    mu, logvar = latent.encode_all(vae, torch.cat([data[0], test[0]]))  # first those to learn
+    mu, _ = latent.encode_all(vae, torch.cat([data[0], test[0]]))  # first those to learn
+    mu = (mu @ vae.R - vae.mean) / vae.std  # vs 02: no draws of z, whose noise means nothing
     rows, test_rows = one_of_each(data[1], len(classes)), one_of_each(test[1], len(classes))
     noise, ten = common.noise(args, 10, 64), torch.arange(10, device=args.device) % len(classes)
 
     def loss(model, rows: Tensor) -> Tensor:
         chosen = rows.T.flatten()  # (K M,): M images of class 0, then of class 1, ...
-        y = vae.to_latent(mu[chosen], logvar[chosen]).view(len(classes), len(rows), 64)
+        y = mu[chosen].view(len(classes), len(rows), 64)
         noise = torch.randn(len(classes), args.samples, 64, device=y.device)
         labels = torch.arange(len(classes), device=y.device)[:, None].expand(noise.shape[:2])
         return drifting_loss(model, noise, labels, y)
@@ -249,7 +250,7 @@ def draw_nearest(args, net, vae, mu: Tensor, images: Tensor, classes: list[str])
     """Does it copy? Of 100 samples of each class the nearest to a training image."""
     labels = torch.arange(100 * len(classes), device=args.device) % len(classes)
     x = sample(net, common.noise(args, len(labels), 64), labels)
-    near = torch.cdist(x, (mu @ vae.R - vae.mean) / vae.std).min(dim=1)
+    near = torch.cdist(x, mu).min(dim=1)
     first = near.values.view(100, -1).argmin(0) * len(classes) + labels[: len(classes)]
     pairs = torch.cat([vae.to_images(x[first]), images[near.indices[first]]])
     common.save_grid(pairs, args.out_dir / "samples_nearest.png", "The nearest of 100 samples",

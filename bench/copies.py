@@ -4,8 +4,7 @@
     python bench/copies.py runs/07_drifting/checkpoint.pt
 
 Median and 5% quantile of the distance to the nearest training image, of 2,000 each: in the latent
-(standardised; of training images without noise), and in pixels (from -1 to 1). Needs MNIST in
-data/.
+(means µ, standardised), and in pixels (from -1 to 1). Needs MNIST in data/.
 """
 
 import importlib
@@ -35,10 +34,9 @@ def main() -> None:
     args = drifting.parse_args(["--device", "cpu"])
     (images, _), (test, _), classes = common.load_images(args)
     mu, _ = latent.encode_all(vae, images)
-    mu, n = ((mu @ vae.R - vae.mean) / vae.std), 2000
+    mu, n = (mu @ vae.R - vae.mean) / vae.std, 2000
     samples = drifting.sample(model, common.noise(args, n, 64), torch.arange(n) % len(classes))
-    rng = torch.Generator().manual_seed(0)
-    z = vae.to_latent(*latent.encode_all(vae, test[:n]), rng)
+    z = (latent.encode_all(vae, test[:n])[0] @ vae.R - vae.mean) / vae.std
     for name, x, pictures in (("samples of 07", samples, vae.to_images(samples)),
                               ("test digits, encoded", z, vae.to_images(z)),
                               ("test digits", None, test[:n])):
