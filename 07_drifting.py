@@ -21,16 +21,17 @@ changes nothing, so V is 0. (The reverse is not proven: section 3.3.) toy.png sh
 
 Why in the latent of 02? V needs hundreds of neighbours at once, and distances that mean
 something. A digit moved by two pixels is far from itself; in the latent that is better, and a
-sample has only 64 numbers. V knows no other class: a 3 drifts towards threes.
+sample has only 64 numbers. Data are means µ: the noise of z is nothing to drift to. V knows
+no other class: a 3 drifts towards threes.
 
 It learns by AdamW (rate 0.001, falling to 0; weight decay 0.01), and averaged weights sample. V
 is scaled to a fixed size, in the end of mere noise: look at progress.png, not at the loss.
 
-    python 07_drifting.py                         6 minutes on one core of an Intel Xeon
+    python 07_drifting.py                         5 minutes on one core of an Intel Xeon
     python 07_drifting.py --digits 3141592653     these, from the shipped weights
 
-Measured: one call scores 0.207 (Fréchet distance of 5,000; 01 with 100 calls 0.208, training
-digits 0.045); 05 reads 97.7% as the digit that was asked for. Left out: features, guidance.
+Measured: one call scores 0.144 (Fréchet distance of 5,000; 01 with 100 calls 0.208, training
+digits 0.045); 05 reads 98.5% as the digit that was asked for. Left out: features, guidance.
 """
 
 import copy
