@@ -50,7 +50,7 @@ import common
 from common import Between
 
 latent = importlib.import_module("02_latent_diffusion")  # its VAE; nothing else
-TAUS = 0.01, 0.03, 0.1  # τ, in units of the mean distance: from the nearest few to many
+TAUS = 0.01, 0.03, 0.1  # τ, in units of the mean distance (in the paper 0.02, 0.05, 0.2)
 
 
 def parse_args(argv: list[str] | None = None):

@@ -5,7 +5,7 @@
 
 An arm is a script, 01 or 04, and what is changed in it:
     adamw                 for all weights
-    lr=0.002 batch=32     the rate (0.0007 if not named) is ten times as high for Muon
+    lr=0.002 batch=32     the rate (else that of the script) is ten times as high for Muon
     eps, x, minsnr        01 predicts the noise; the image; the noise, weighted by SNR
     minus, x, skip        04 predicts its output minus x; the image; c_skip x + c_out F as in EDM
     t=uniform             the density of t, which is logit-normal in 04, uniform in 01
@@ -102,7 +102,8 @@ def main() -> None:
     mine = parser.parse_args()
     script, *changes = mine.arm.split("+")
     values = dict(change.split("=") for change in changes if "=" in change)
-    batch, lr = int(values.get("batch", 64)), float(values.get("lr", 7e-4))
+    batch, lr = int(values.get("batch", 64)), {"01": 7e-4, "04": 2e-3}[script]
+    lr = float(values.get("lr", lr))
     common.in_bfloat16.allowed = "float32" not in changes
     mine.out_dir.mkdir(parents=True, exist_ok=True)
     (digits, _), (test, _), _ = common.load_images(ddpm.parse_args(["--device", "cpu"]))

@@ -10,7 +10,8 @@
 # A script that is done is not repeated: after a stop, call it again. Everything is in runs/results
 # (or DIR): the tables in results.md, pictures in <script>/, plots in 05_compare_N/. On a CPU,
 # samplers of more than 100 network calls make at most 1,000 images, so there is a second table, of
-# 1,000 each. Pictures and plots replace those in assets/ (not with --dry-run).
+# 1,000 each. Pictures and plots replace those in assets/, tables those in RESULTS.md (with --dry-run
+# in DIR/RESULTS.md alone).
 # Needs MNIST in data/, or a way to download it. PYTHON=... names another interpreter.
 set -eu
 cd "$(dirname "$0")/.."

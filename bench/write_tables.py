@@ -73,13 +73,11 @@ def scores(rows: list[dict], methods: list[str]) -> str:
 
 def claims(rows: list[dict]) -> str:
     """Each claim by the largest sets for which it has a verdict; else by any."""
-    found = {}
-    for row in (row for row in rows if "verdict" in row):
-        rank = row["verdict"] != "not measured", size(row)
-        found[row["claim"]] = max(found.get(row["claim"], (rank, row)), (rank, row),
-                                  key=lambda pair: pair[0])
+    judged = sorted((row for row in rows if "verdict" in row),
+                    key=lambda row: (row["verdict"] != "not measured", size(row)))
+    found = {row["claim"]: row for row in judged}  # of several, the last
     keys = "claim", "verdict", "figures", "N"
-    lines = [[row[key] for key in keys] for _, (_, row) in sorted(found.items())]
+    lines = [[row[key] for key in keys] for _, row in sorted(found.items())]
     return table([*keys], lines, words=3) if lines else ""
 
 
