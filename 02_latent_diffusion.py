@@ -191,9 +191,9 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
-    """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced (Nichol &
-    Dhariwal 2021, Eq. 17), from 0.01 to π/2 - 0.01 for any T. So at t = 0 a little noise is left,
-    as the samplers divide by 1-ᾱ_t, and at t = T-1 too little of the image to be seen, 0.01."""
+    """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced (after
+    Nichol & Dhariwal 2021, Eq. 17), from 0.01 to π/2 - 0.01 for any T. So at t = 0 a little noise
+    is left, as the samplers divide by 1-ᾱ_t, and at t = T-1 0.01 of the image, hidden."""
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # ᾱ_t comes first; α_t and β_t follow from it
     alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1
@@ -212,7 +212,7 @@ def diffusion_loss(model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tens
     """Ho et al. 2020, Algorithm 1, but for v: the mean squared error of the prediction.
     x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1."""
     x_t = q_sample(schedule, x0, t, noise)
-    v = q_sample(schedule, noise, t, -x0)  # √ᾱ_t ε - √(1-ᾱ_t) x_0
+    v = q_sample(schedule, noise, t, -x0)  # roles swapped: √ᾱ_t ε - √(1-ᾱ_t) x_0
     return F.mse_loss(model(x_t, t), v)
 
 
@@ -228,7 +228,7 @@ def ddim_pairs(timesteps: int, steps: int) -> list[tuple[int, int]]:
 def ddim_sample(model, schedule: Schedule, x_T: Tensor, steps: int, eta=0.0, rng=None,
                 trace=None) -> Tensor:
     """Song et al. 2021, Eq. 12: `steps` steps from noise x_T (B, ...) to x_0. eta = 0 draws no
-    noise; above 0, a part of ε̂ is fresh noise (Eq. 16), and eta = 1 with steps = T is DDPM.
+    noise; up to 1, fresh noise replaces a part of ε̂ (Eq. 16); eta = 1 with steps = T is DDPM.
     `trace(t, x_t, x0_hat)`, if given, sees every step."""
     x, alpha_bars = x_T, [*schedule.alpha_bars.tolist(), 1.0]  # so index -1 has no noise
     pairs = ddim_pairs(len(schedule.betas), steps)
@@ -253,11 +253,11 @@ def ddpm_sample(model, schedule: Schedule, x_T: Tensor, rng=None) -> Tensor:
 
 def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
     """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
-    data, test: lists of tensors, a row an image; draw(network) -> ten images to look at."""
+    data, test: lists of tensors, one row per image; draw(network) -> ten images to look at."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
     large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
     small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
-    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # which CUDA graphs read anew
+    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # tensors, so step() sees changes
     muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
     adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
     learned = [ema, model, muon, adamw]
@@ -287,10 +287,10 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
             for chosen in order[:batches]:
                 i = epoch * batches + len(losses)
                 rate = lr * min((i + 1) / min(200, total / 10), 1) * (1 - i / total)
-                muon_lr.fill_(10 * rate)  # up for 200 steps, then down to 0
+                muon_lr.fill_(10 * rate)  # up for at most 200 steps, then down to 0
                 adamw_lr.fill_(rate)
                 losses.append(step(*[part[chosen] for part in data]))
-                if bar.update():  # true once a second, for reading a loss makes a GPU wait
+                if bar.update():  # at most once a second, for reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
             common.keep_epoch(args, state, name, learned, losses, chosen, start, loss, test, draw)
     return ema

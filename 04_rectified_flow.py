@@ -3,16 +3,16 @@
 CAREFUL: x_0 was the image in 01. Here x_0 is the NOISE, and x_1 is the image.
 
 Pair each image with random noise, new each time, and draw a straight line between them. A
-network learns the velocity of the lines, x_1 - x_0, at each point and time; where lines
-cross, the mean of theirs. To sample, start from fresh noise and follow this velocity. The
-path bends, so this takes many small steps. Reflow makes paths straighter: pair each of many
-noises with the image at the end of its path, and train a copy of the network on the pairs.
+network learns the velocity of the lines, x_1 - x_0, at each point and time: many lines pass
+through a point, and it learns their mean. To sample, start from fresh noise and follow this
+velocity. The path bends, so this takes many small steps. Reflow makes paths straighter: pair
+noises with the images at the end of their paths, and train a copy of the network on the pairs.
 Two paths never meet, since each point and time has one velocity. Straight lines between
 their ends could cross, but hardly do. So after the reflow one step gets near the end.
 
     x_t    = (1-t) x_0 + t x_1                                    Liu et al. 2022, section 2.1
     loss   = E ‖(x_1 - x_0) - v_θ(x_t, t)‖², t by --flow-t        Liu, Eq. 1, with uniform t
-    v_θ    = (x̂_1 - x_t) / (1-t), x̂_1 from the last layer         Li & He 2025, "x-prediction"
+    v_θ    = (x̂_1 - x_t) / max(1-t, 0.01), x̂_1: last layer         Li & He 2025, "x-prediction"
     Euler:   z_{t+1/N} = z_t + v_θ(z_t, t) / N from z_0 = x_0     N steps to an image z_1
     AB2:     z_{t+h} = z_t + h (v + h/2 (v - v_old) / h_old)      Adams-Bashforth; _old: a step ago
     reflow:  E ‖(z_1 - z_0) - v_θ((1-t) z_0 + t z_1, t)‖₁         Liu has ‖...‖²; t by --reflow-t
@@ -29,20 +29,21 @@ x_t is on a line, z_t on a path; the code writes x for both, and takes means ove
 Lines between random pairs cross, so the loss never gets to 0. It learns as 01 does.
 
 Why does the network predict an image, and not v? v contains the noise of every pixel, which
-a network cannot copy exactly: some grey stays in the black. From x̂_1, the last step ends
-at x̂_1 itself, and black is easy to predict. One step of a shorter reflow scored 0.917, and
-1.71 where the network predicted v; the flow is 10% worse this way (EXPERIMENTS.md).
-And 1-t divides: in v_θ it is at least 0.01, and after t = 0.95 the loss counts errors less.
+a network cannot copy exactly: some grey stays in the black. With x̂_1, the last step (of up
+to 100) ends at x̂_1 itself, and black is easy to predict: one step after a reflow is much
+better, though the flow before it is 10% worse (EXPERIMENTS.md). But 1-t divides, so v_θ
+has at least 0.01 there, and after t = 0.95 the loss multiplies errors of v by (1-t) / 0.05.
 
-Euler's step takes the velocity at its start. AB2 estimates that in the middle of the step:
+Euler's step takes the velocity at its start. AB2 estimates that at the middle of the step:
 v here and one step ago tell how it changes, without another call. Its steps get longer, as
-v changes fastest near the noise: t = s / (2-s) for even s. Its first and last are Euler's.
+v changes fastest near the noise: t = s / (2-s), s evenly spaced. Its first and last are Euler's.
 
     python 04_rectified_flow.py                 flow, pairs and reflow, for a GPU
     python 04_rectified_flow.py --sample-only   no training: the shipped weights
 
-Trained with the defaults on an NVIDIA H200 (but pairs by 10 steps of Heun's method, RESULTS.md):
-Fréchet distances of 5,000 samples (real digits have 0.045), and S of 16 paths in 100 Euler steps:
+Trained with the defaults on an NVIDIA H200 (but with another solver for the pairs, RESULTS.md):
+Fréchet distances (05; lower is better) of 5,000 samples (real digits have 0.045), and S of 16
+paths in 100 Euler steps:
     steps         1      2      5      10     100    S
     flow, Euler   53.2   7.82   1.12   0.598  0.311  0.081
     flow, AB2                   0.440  0.323
@@ -135,7 +136,7 @@ class UNet(nn.Module):
         h = self.up0_attention(self.up0(torch.cat([h, h1], dim=1), emb))
         h = self.up0_to_1(F.interpolate(h, scale_factor=2.0))  # (B, c1, H, W)
         h = self.up1(torch.cat([h, h0], dim=1), emb)
-        image = self.conv_out(F.silu(self.norm_out(h)))  # vs 01: x̂_1, not returned as it is
+        image = self.conv_out(F.silu(self.norm_out(h)))  # vs 01: x̂_1, returned as v
         left = (1 - t).clamp(min=0.01).view(-1, 1, 1, 1)  # the time to t = 1, but not 0
         return (image - x) / left  # the v that takes x to the image by t = 1
 
@@ -154,7 +155,7 @@ def flow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, error=F.mse_loss) -> Ten
     """
     t_ = t.view(-1, 1, 1, 1)  # one for each image
     x_t = (1 - t_) * x0 + t_ * x1
-    weight = ((1 - t_) / 0.05).clamp(max=1)  # below 1 for t > 0.95 (Li & He clamp 1 - t there)
+    weight = ((1 - t_) / 0.05).clamp(max=1)  # below 1 for t > 0.95 (Li & He: 1 - t >= 0.05)
     return error(weight * model(x_t, t), weight * (x1 - x0))
 
 
@@ -206,11 +207,11 @@ def make_pairs(model, n: int, steps: int, rng, device="cpu") -> tuple[Tensor, Te
 
 def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
     """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
-    data, test: lists of tensors, a row an image; draw(network) -> ten images to look at."""
+    data, test: lists of tensors, one row per image; draw(network) -> ten images to look at."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
     large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
     small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
-    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # which CUDA graphs read anew
+    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # tensors, so step() sees changes
     muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
     adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
     learned = [ema, model, muon, adamw]
@@ -240,10 +241,10 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
             for chosen in order[:batches]:
                 i = epoch * batches + len(losses)
                 rate = lr * min((i + 1) / min(200, total / 10), 1) * (1 - i / total)
-                muon_lr.fill_(10 * rate)  # up for 200 steps, then down to 0
+                muon_lr.fill_(10 * rate)  # up for at most 200 steps, then down to 0
                 adamw_lr.fill_(rate)
                 losses.append(step(*[part[chosen] for part in data]))
-                if bar.update():  # true once a second, for reading a loss makes a GPU wait
+                if bar.update():  # at most once a second, for reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
             common.keep_epoch(args, state, name, learned, losses, chosen, start, loss, test, draw)
     return ema
@@ -264,7 +265,7 @@ def train(args) -> dict[str, nn.Module]:
 
     def reflow_loss(model, x0: Tensor, x1: Tensor) -> Tensor:
         t = T_DENSITIES[args.reflow_t](torch.rand(len(x1), device=x1.device))
-        return flow_loss(model, x0.float(), x1.float(), t, error=F.l1_loss)
+        return flow_loss(model, x0.float(), x1.float(), t, error=F.l1_loss)  # kept as float16
 
     flow = fit(args, state, "flow", models["flow"], loss, data, test, args.epochs, args.lr,
                draw=lambda model: adams_sample(model, noise, 5))

@@ -164,11 +164,11 @@ def sample(model, noise: Tensor, labels: Tensor) -> Tensor:
 
 def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
     """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
-    data, test: lists of tensors, a row an image; draw(network) -> ten images to look at."""
+    data, test: lists of tensors, one row per image; draw(network) -> ten images to look at."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
     large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
     small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
-    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # which CUDA graphs read anew
+    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # tensors, so step() sees changes
     muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
     adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
     learned = [ema, model, muon, adamw]
@@ -198,10 +198,10 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
             for chosen in order[:batches]:
                 i = epoch * batches + len(losses)
                 rate = lr * min((i + 1) / min(200, total / 10), 1) * (1 - i / total)
-                muon_lr.fill_(10 * rate)  # up for 200 steps, then down to 0
+                muon_lr.fill_(10 * rate)  # up for at most 200 steps, then down to 0
                 adamw_lr.fill_(rate)
                 losses.append(step(*[part[chosen] for part in data]))
-                if bar.update():  # true once a second, for reading a loss makes a GPU wait
+                if bar.update():  # at most once a second, for reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
             common.keep_epoch(args, state, name, learned, losses, chosen, start, loss, test, draw)
     return ema

@@ -92,7 +92,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(channels, channels)
         self.kv = nn.Linear(c_context or channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.weight)  # as in ResBlock
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         pixels = self.norm(x).flatten(2).mT  # (B, H*W, C)
