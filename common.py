@@ -627,7 +627,6 @@ def save_gif(frames: list[Tensor], path: Path, columns: int) -> None:
     film[0].save(path, append_images=film[1:] + 16 * film[-1:], save_all=True, duration=120, loop=0)
 
 
-@matplotlib.rc_context({"text.parse_math": False})
 def save_plot(path: Path, lines: dict, style: str = ".-", **labels) -> None:
     """`lines` maps a name to points (x, y); `labels` are title, xlabel, ylabel, yscale."""
     axes = figure.Figure(figsize=(6, 4)).subplots()
@@ -635,22 +634,29 @@ def save_plot(path: Path, lines: dict, style: str = ".-", **labels) -> None:
     for points in lines.values():
         axes.plot(*zip(*points), style)
     axes.set(**labels)
-    axes.legend(axes.lines, [*lines], loc="upper left", bbox_to_anchor=(1, 1))  # beside the plot
+    legend = axes.legend(axes.lines, [*lines], loc="upper left", bbox_to_anchor=(1, 1))  # beside it
+    for name in legend.texts:
+        name.set_parse_math(False)  # it may have a $
     axes.figure.savefig(path, bbox_inches="tight")
 
 
 def draw_progress(folder: Path, state: dict) -> None:
     """loss.png; and what the same ten noises became after each epoch, still and moving."""
-    lines, rows = {}, {}
-    for name, stage in state["stages"].items():
-        for key in ("loss", "test_loss"):
+    stages = {name: stage for name, stage in state["stages"].items() if stage["epochs"]}
+    picture = figure.Figure(figsize=(5 * len(stages), 4), layout="constrained")
+    rows = {}
+    for axes, (name, stage) in zip(picture.subplots(1, len(stages), squeeze=False)[0],
+                                   stages.items()):
+        for key, label in (("loss", "training"), ("test_loss", "test images, averaged weights")):
             points = [(x["epoch"], x[key]) for x in stage["epochs"] if key in x]
-            lines |= {f"{name}, {key.replace('_', ' ')}": points} if points else {}
+            axes.plot(*torch.tensor(points).view(-1, 2).T, ".-", label=label)
+        axes.set(title=f"loss: {name}", xlabel="epoch")
+        axes.locator_params("x", integer=True)
+        axes.legend()
         first = len(stage["epochs"]) - len(stage["frames"]) + 1
         frames = enumerate(stage["frames"], first)
         rows |= {f"{name}, epoch {i}": x.cpu() / 127.5 - 1 for i, x in frames}
-    save_plot(folder / "loss.png", lines, title="Loss of training, and of test images",
-              xlabel="epoch", yscale="log")
+    picture.savefig(folder / "loss.png")
     if rows:
         title = "The same ten noises after each epoch"
         save_grid(torch.cat([*rows.values()]), folder / "progress.png", title, 10, [*rows])
