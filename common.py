@@ -289,8 +289,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def recorded(function, args: argparse.Namespace, one_shape: bool = False):
-    """`function`; but on CUDA its fourth call is recorded as a CUDA graph, which later calls
-    replay, since Python takes longer to start our small layers than a GPU to run them.
+    """`function`; but on CUDA the fourth call (for each shape of inputs) is recorded as a graph,
+    which later calls replay, since Python takes longer to start our layers than a GPU to run them.
 
     A replay repeats the work of the GPU, and no Python. So a print or a counter in `function`
     would run four times, and a number keeps its value: what changes must be a tensor (also the
