@@ -5,28 +5,28 @@ CAREFUL: as in 04, x_0 is the NOISE, and x_1 the data, here a latent. 02 calls t
 02 made each step cheap: 64 numbers instead of 784 pixels. 04 needs only a few steps. Here we
 do both: the flow of 04 on the latents of 02, with its trained VAE. On an NVIDIA H200, ten
 Euler steps draw 3.8 times as many digits a second as in pixels. Their Fréchet distance (05;
-lower is better) is 0.424 after 40 epochs, but 0.753 after 12. In pixels it is 0.598 after 10.
+lower is better) is 0.293, in pixels 0.598 (though after 10 epochs, not 40).
 02 explains the VAE and its latents; 04 explains the loss, Euler, AB2, reflow and S.
 
     paper           code                      shape
     x_0, z_0        x0, noise                 (B, 1, 8, 8)
-    x_1, z_1        x1                        (B, 1, 8, 8), mean 0 and standard deviation 1
+    x_1, z_1        x1 (not the VAE's z)      (B, 1, 8, 8), mean 0 and standard deviation 1
     t               t                         (B,) from 0, noise, to 1, data: the reverse of 02
     v_θ(x_t, t)     v = model(x_t, t)         (B, 1, 8, 8)
 
 vs 04: the network predicts v itself. Exact black is hard for v, but the decoder draws it. Its
 c3 is 2 width, as in 02: at 2x2 there is little to see. It learns as 01 does.
 
-    python 04b_latent_rflow.py                  for a GPU; about 5 hours on a core of an AMD EPYC
+    python 04b_latent_rflow.py                  for a GPU; three hours on a core of an Intel Xeon
     python 04b_latent_rflow.py --sample-only    no training: the shipped weights
 
-Flow: 12 epochs, then --resume to 28 and to 40. Fréchet distances of 5,000 samples (real digits
-have 0.045), and S of 16 paths in 100 Euler steps (larger than in 04: the paths bend more):
+Fréchet distances of 5,000 samples by these (real digits have 0.045), and S of 16 paths in 100
+Euler steps (of latents, so not to be compared with that of 04):
     steps         1      2      5      10     100    S
-    flow, Euler   39.0   1.57   0.594  0.424  0.301  0.40
-    flow, AB2                   0.362  0.264
-    reflow, Euler 0.523  0.418  0.325  0.290  0.256  0.0043
-One step after the reflow beats five of Euler's before it; AB2's ten beat even 100 of Euler's.
+    flow, Euler   36.0   1.66   0.455  0.293  0.212  0.35
+    flow, AB2                   0.275  0.199
+    reflow, Euler 0.411  0.336  0.284  0.259  0.235  0.0063
+One step after the reflow beats five of Euler's before it. AB2's ten beat Euler's 100.
 """
 
 import copy
