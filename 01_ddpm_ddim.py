@@ -224,16 +224,16 @@ def ddim_sample(model, schedule: Schedule, x_T: Tensor, steps: int, eta=0.0, rng
 
 def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
     """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
-    data, test: lists of tensors, one row per image; draw(network) -> ten images to look at."""
+    data, test: lists of tensors, one row per image; draw(network) -> ten images to see."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
     large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
     small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
-    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # tensors, so step() sees changes
+    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # tensors: step() sees changes
     muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
     adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
     learned = [ema, model, muon, adamw]
     done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
-    batches = len(data[0]) // args.batch_size or 1  # in an epoch; a smaller last one is left out
+    batches = len(data[0]) // args.batch_size or 1  # full ones in an epoch
     total = epochs * batches
     average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
     averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
@@ -261,7 +261,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                 muon_lr.fill_(10 * rate)  # up for at most 200 steps, then down to 0
                 adamw_lr.fill_(rate)
                 losses.append(step(*[part[chosen] for part in data]))
-                if bar.update():  # at most once a second, for reading a loss makes a GPU wait
+                if bar.update():  # once a second: reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
             common.keep_epoch(args, state, name, learned, losses, chosen, start, loss, test, draw)
     return ema

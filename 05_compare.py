@@ -1,4 +1,4 @@
-"""How good and how fast are the samples? A classifier scores them, and ten claims are tested.
+"""How good and fast are the samples? A classifier scores them, and ten claims are tested.
 
 A picture shows that digits look like digits, but not whether all kinds are there. So a
 small classifier turns each image into 64 numbers, its features, and we compare the cloud of
@@ -16,9 +16,9 @@ among samples (recall, coverage: are all kinds there?).
 
 FD, the Fréchet distance, is really a squared distance, and a small set makes it too large.
 So each size N has its own table and floor: the mean FD of ten draws of N training digits.
-Claims compare distances minus the floor. One is open if it lies within two standard errors of
-its limit. We get the error of a distance by leaving out each twentieth of a set in turn. (The
-other scripts save sets with --eval-samples; here that takes the first N of each set.)
+Claims compare distances minus the floor. One is open if it lies within two standard errors
+of its limit. We get the error of a distance by leaving out each twentieth of a set in turn.
+(The other scripts save sets with --eval-samples; here that takes the first N of each set.)
 
     python 05_compare.py                       score what is in runs/: table, plots, verdicts
     python 05_compare.py FILE.pt FOLDER        score these: a .pt, or a folder of pictures
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import common
 
-fit = importlib.import_module("01_ddpm_ddim").fit  # the training loop, which all scripts share
+fit = importlib.import_module("01_ddpm_ddim").fit  # the loop of all scripts
 
 
 def parse_args(argv: list[str] | None = None):
@@ -140,12 +140,12 @@ def score(judge: Judge, real: Tensor, samples: dict) -> dict:
 
 
 def floor_of(judge: Judge, real: Tensor, phi: Tensor, training: dict, n: int) -> dict:
-    """The row of n training images, whose features are `phi`: the mean distance of ten draws."""
+    """The row of n training images (features `phi`): the mean distance of ten draws."""
     rng = torch.Generator().manual_seed(0)
     draws = [torch.randperm(len(phi), generator=rng)[:n] for _ in range(10)]
     distances = torch.tensor([frechet_distance(real, phi[draw]) for draw in draws])
     row = score(judge, real, {key: part[draws[0]] for key, part in training.items()})
-    error = distances.std().item() if 2 * n <= len(phi) else None  # else they overlap too much
+    error = distances.std().item() if 2 * n <= len(phi) else None  # else they overlap
     return row | {"method": "training images", "distance": distances.mean().item(), "error": error}
 
 
@@ -190,7 +190,7 @@ def load_set(path: Path, limit: int) -> dict:
 
 
 def add_notes(rows: list[dict]) -> None:
-    """Why a row has no verdict: it is not from the usual machine, so its times do not compare."""
+    """Why a row has no verdict: it is of another machine, so its times do not compare."""
     machines = [row.get("hardware", "an unknown machine") for row in rows]
     for row, machine in zip(rows, machines):
         row["note"] = "" if machine == statistics.mode(machines) else f"on {machine}"
@@ -240,8 +240,9 @@ def find(rows: list[dict], wanted: tuple) -> dict | None:
 
 
 def judge_rule(a: dict, b: dict, key: str, limit: float) -> tuple[str, str]:
-    """Verdict on a beside b, and figures. Of speed: is a at least `limit` times as fast? Of what
-    should be small: better; as good: at most `limit` times b's; worse; or open: luck may decide."""
+    """Verdict on a beside b, and figures. Of speed: is a at least `limit` times as fast?
+    Of what should be small: better; as good (at most `limit` times b's); worse; or open, where
+    luck may decide."""
     figures = f"{HEADINGS[key]} {a[key]:.3g} against {b[key]:.3g}"
     if key in ("seconds", "images_per_second"):
         times = b[key] / a[key] if key == "seconds" else a[key] / b[key]
@@ -249,7 +250,7 @@ def judge_rule(a: dict, b: dict, key: str, limit: float) -> tuple[str, str]:
         return "faster" if times >= limit else slower, f"{figures}, {times:.3g} times as fast"
 
     def margin(times: float) -> float:
-        """By how many standard errors a is below `times` b; sets of one noise share their luck."""
+        """By how many standard errors a is below `times` b; one noise is one luck."""
         times = 2 - times if b[key] < 0 else times  # below the floor, 1.25 times is lower
         if key == "above":
             error = standard_error(times * b["without"] - a["without"])
@@ -291,7 +292,7 @@ def score_table(rows: list[dict]) -> str:
 
 
 def draw(args, n: int, rows: list[dict], floor: dict) -> None:
-    """Plots for sets of n images. Colors are methods, marks samplers, bars two standard errors."""
+    """Plots for sets of n images. Color: method; mark: sampler; bar: two standard errors."""
     methods, samplers = ([*dict.fromkeys(row[key] for row in rows)] for key in FIND_BY[:2])
     for x, xlabel in ("network_calls", "network calls for an image"), ("seconds", "seconds for 16"):
         lines, axes = {}, figure.Figure(figsize=(8, 5)).subplots()

@@ -24,9 +24,9 @@ there and the change of u, and the network itself can estimate that change.
 Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate both sides by t along
 the path. As t is the lower end of the integral, -u + (r-t) du/dt = -v.
 
-A squared error is least at the mean, and the mean of x_1 - x_0 at x_t is v: so the loss may use
-x_1 - x_0. In du/dt that is noisy; there we take the network's own v, u_θ(x_t, t, t) (arXiv
-2512.02012). Fréchet distances after three epochs: one step 2.90, not 4.94; ten 0.710, not 0.477.
+A squared error is least at the mean, and the mean of x_1 - x_0 at x_t is v: so, but for the
+log, the loss may use x_1 - x_0. In du/dt that is noisy; there we take the network's own v (arXiv
+2512.02012): after three epochs, one step scores 2.90, not 4.94, but ten steps 0.710, not 0.477.
 
 First we train a flow, as in 04, whose output is v. A copy then also takes r, as the gap r - t,
 which at first changes nothing, and learns u; model(x, t) without r is no flow any longer. For
@@ -73,8 +73,7 @@ def parse_args(argv: list[str] | None = None):
     add("--meanflow-lr", **RATE, default=1e-3, help="peak rate of MeanFlow")
     tiny = {"dataset": "synthetic", "train_images": 128, "epochs": 8, "batch_size": 16,
             "width": 8, "steps": [1, 2, 5], "eval_samples": 20, "meanflow_epochs": 4}
-    args = common.parse(parser, argv, tiny, sampling=["steps"])
-    return args
+    return common.parse(parser, argv, tiny, sampling=["steps"])
 
 
 class UNet(nn.Module):
@@ -199,16 +198,16 @@ def meanflow_sample(model, x0: Tensor, steps: int, trace=None) -> Tensor:
 
 def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
     """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
-    data, test: lists of tensors, one row per image; draw(network) -> ten images to look at."""
+    data, test: lists of tensors, one row per image; draw(network) -> ten images to see."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
     large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
     small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
-    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # tensors, so step() sees changes
+    muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # tensors: step() sees changes
     muon = common.Muon(large, muon_lr, momentum=0.95, weight_decay=0.1)
     adamw = torch.optim.AdamW(small, adamw_lr, weight_decay=0.01, fused=True, capturable=True)
     learned = [ema, model, muon, adamw]
     done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
-    batches = len(data[0]) // args.batch_size or 1  # in an epoch; a smaller last one is left out
+    batches = len(data[0]) // args.batch_size or 1  # full ones in an epoch
     total = epochs * batches
     average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
     averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
@@ -236,7 +235,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                 muon_lr.fill_(10 * rate)  # up for at most 200 steps, then down to 0
                 adamw_lr.fill_(rate)
                 losses.append(step(*[part[chosen] for part in data]))
-                if bar.update():  # at most once a second, for reading a loss makes a GPU wait
+                if bar.update():  # once a second: reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
             common.keep_epoch(args, state, name, learned, losses, chosen, start, loss, test, draw)
     return ema

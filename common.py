@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-os.environ.pop("MPLBACKEND", None)  # a notebook's may be unknown here, and we open no windows
+os.environ.pop("MPLBACKEND", None)  # a notebook's may be unknown here; no windows
 import matplotlib
 import torch
 from matplotlib import colormaps, figure, get_data_path
@@ -147,7 +147,7 @@ def torchvision_set(args: argparse.Namespace, train: bool):
     kind = DATASETS[args.dataset]
     folder = args.data_dir / kind.__name__
     with one_line_error(f"no {args.dataset} in {args.data_dir}; try --dataset synthetic"):
-        for file in folder.glob("raw/*-ubyte"):  # sizes in four bytes each, then a byte a number
+        for file in folder.glob("raw/*-ubyte"):  # sizes, four bytes each, then numbers
             data = file.read_bytes()
             sizes = [int.from_bytes(data[4 * i :][:4], "big") for i in range(1, 1 + sum(data[3:4]))]
             if len(data) != 4 + 4 * len(sizes) + math.prod(sizes):
@@ -214,10 +214,10 @@ def folder_images(root: Path, results: Path) -> tuple[list[Tensor], list[Tensor]
     split = {train[0]: False, test[0]: True} if train and test else {}
     depth = 1 if split else 0  # of the class in a path
     inside = [path for path in found if not split or path.parts[0] in split]
-    used = [path for path in inside if len(path.parts) > depth + 1] or inside  # or no classes
+    used = [path for path in inside if len(path.parts) > depth + 1] or inside  # or none
     left_out["beside the folders that count"] += sorted({*found} - {*used})
     digests = {path: hashlib.sha256(os.fsencode(path.as_posix())).digest() for path in used}
-    paths, images = read_pictures(root, sorted(used, key=digests.get), left_out)  # well mixed
+    paths, images = read_pictures(root, sorted(used, key=digests.get), left_out)  # mixed
     named = [path.parts[depth] if len(path.parts) > depth + 1 else root.name for path in paths]
     classes = sorted({*named}, key=lambda x: (int(x) if x.isdecimal() else math.inf, x))
     labels = torch.tensor([classes.index(name) for name in named])
@@ -389,11 +389,11 @@ def parse(parser, argv: list[str] | None, tiny: dict, sampling: list[str]) -> ar
 
 
 def asked_classes(parser, args: argparse.Namespace) -> list[int]:
-    """--digits as numbers: names or numbers between commas, one name, or a digit for each."""
+    """--digits as numbers: names or numbers between commas, one name, or digit by digit."""
     text, names = args.digits, load_checkpoint(args)["classes"]
     words = [text] if text in names else text.split(",") if "," in text else list(text) or [""]
     numbers = {str(i): i for i, name in enumerate(names) if not name.isdecimal()}
-    numbers |= {name: i for i, name in enumerate(names)}  # a number that is a name is that name
+    numbers |= {name: i for i, name in enumerate(names)}  # if a number is a name, that name
     known = ", ".join(name if name.isdecimal() else f"{i} {name}" for i, name in enumerate(names))
     if wrong := [word for word in words if word not in numbers]:
         parser.error(f"--digits {text!r}: no class {wrong[0]!r}, only {known}")
@@ -467,7 +467,7 @@ def open_run(args: argparse.Namespace, **new) -> dict:
 
 
 def same_classes(state: dict, classes: list[str]) -> None:
-    """A class is a name: ends, if those of the images are not those that a network knows."""
+    """Ends, if the classes of the images, by name, are not those that a network knows."""
     if classes != state["classes"]:
         came = [name for name in classes if name not in state["classes"]]
         went = [name for name in state["classes"] if name not in classes]
@@ -526,7 +526,7 @@ def test_loss(loss, model: nn.Module, images: list[Tensor]) -> float:
 
 
 def keep_epoch(args, state, name, learned, losses, chosen, start, loss, test, draw) -> None:
-    """What an epoch of stage `name` came to: in the checkpoint, metrics.jsonl, and pictures."""
+    """What an epoch of stage `name` came to: checkpoint, metrics.jsonl and pictures."""
     mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
     if not mean < 1e9:  # it may be infinite, or no number
         sys.exit(f"the loss became {mean}: try a lower --lr (the checkpoint is kept)")
@@ -634,9 +634,9 @@ def save_plot(path: Path, lines: dict, style: str = ".-", **labels) -> None:
     for points in lines.values():
         axes.plot(*zip(*points), style)
     axes.set(**labels)
-    legend = axes.legend(axes.lines, [*lines], loc="upper left", bbox_to_anchor=(1, 1))  # beside it
-    for name in legend.texts:
-        name.set_parse_math(False)  # it may have a $
+    legend = axes.legend(axes.lines, [*lines], loc="upper left", bbox_to_anchor=(1, 1))
+    for text, line in zip(legend.texts, axes.lines):
+        text.set(color=line.get_color(), parse_math=False)  # for a name may have a $
     axes.figure.savefig(path, bbox_inches="tight")
 
 
@@ -647,9 +647,10 @@ def draw_progress(folder: Path, state: dict) -> None:
     rows = {}
     for axes, (name, stage) in zip(picture.subplots(1, len(stages), squeeze=False)[0],
                                    stages.items()):
-        for key, label in (("loss", "training"), ("test_loss", "test images, averaged weights")):
+        for key, label in ("loss", "training"), ("test_loss", "test images, averaged weights"):
             points = [(x["epoch"], x[key]) for x in stage["epochs"] if key in x]
-            axes.plot(*torch.tensor(points).view(-1, 2).T, ".-", label=label)
+            if points:  # earlier weights have no test_loss
+                axes.plot(*zip(*points), ".-", label=label)
         axes.set(title=f"loss: {name}", xlabel="epoch")
         axes.locator_params("x", integer=True)
         axes.legend(loc="upper right")
