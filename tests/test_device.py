@@ -20,7 +20,7 @@ MORE = {"01_ddpm_ddim": [*STEPS, "--ddim-sweep", "1"],
         "02_latent_diffusion": [*STEPS, "--vae-epochs", "1"],
         "03_cfg": [*STEPS, "--guidance", "3", "--guidance-sweep", "0"],
         "04_rectified_flow": PAIRS, "04b_latent_rflow": PAIRS, "05_compare": [],
-        "06_meanflow": ["--steps", "1", "2", "--meanflow-epochs", "1"],
+        "06_meanflow": ["--steps", "1", "2"],
         "07_drifting": ["--toy-steps", "16"]}
 
 
