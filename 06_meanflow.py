@@ -5,16 +5,16 @@ CAREFUL: as in 04, x_0 is the NOISE, and x_1 the data, here a latent of 02.
 For one step, 04b needs a reflow: it trains on pairs of noise and latent that its flow made.
 MeanFlow learns one step from latents alone. Its network does not predict the velocity at a
 point of the path, but the average velocity u from there to a later time r. Then one step of
-u from t = 0 to r = 1 reaches the data, however much the path bends. To average v, we would
+u from t = 0 to r = 1 would reach the data, however much the path bends. To average v, we would
 have to follow the path, in many steps. But u obeys a law at each point, which needs only v
-there and the change of u, and the network itself can tell both.
+there and the change of u along the path, and both can be had from data and network.
 
     u(x_t, t, r) = 1/(r-t) ∫ v(x_s, s) ds, s = t ... r     Geng et al. 2025; the path: dx_s = v ds
     u(x_t, t, t) = v(x_t, t), the velocity of 04b          the limit r → t
     law:   u = v + (r-t) du/dt                             their "MeanFlow identity", t reversed
            du/dt = ∂u/∂x · v + ∂u/∂t, r fixed              the chain rule
-    loss = E ‖(x_1 - x_0) + (r-t) du_θ/dt - u_θ‖²          at x_t = (1-t) x_0 + t x_1; no gradient
-           with v = u_θ(x_t, t, t) in du_θ/dt              through du_θ/dt
+    loss = E ‖(x_1 - x_0) + (r-t) du_θ/dt - u_θ‖²          at x_t = (1-t) x_0 + t x_1
+           du_θ/dt: with v = u_θ(x_t, t, t), no gradient   it is part of the target
     sample: x_r = x_t + (r-t) u_θ(x_t, t, r)               one step: t = 0, r = 1
 
     paper           code                      shape
@@ -25,17 +25,19 @@ there and the change of u, and the network itself can tell both.
 
 Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate both sides by t along
 the path. By the product rule, and as t is the lower end of the integral: -u + (r-t) du/dt = -v.
+Only u obeys it, for (r-t) u is 0 at t = r.
 
 A squared error is least at the mean, and the mean of x_1 - x_0 at x_t is v: so the loss may use
-x_1 - x_0. In du/dt that is noisy; there we take the network's own v (arXiv 2512.02012). For half
-of the latents r = t: there the target is x_1 - x_0, as for a flow, and the network learns v.
+x_1 - x_0. In du/dt that would be right on average, too, but noisy; there we take the network's
+own v (Geng et al., arXiv 2512.02012). For half of each batch r = t: there the target is x_1 - x_0,
+as for a flow, and the network learns v. The loss does not fall to 0, since lines cross.
 
-Why other times than in 04b? du/dt is also a derivative of the sinusoids of t. Those of 04b turn by
-1000 rad from t = 0 to 1, so a small error of the network becomes a large one of du/dt. Here they
-turn by at most 1 rad. Data are means µ, as in 07. It learns as 01 does.
+Why other sinusoids than in 04b? du/dt contains their derivative. Those of 04b turn by up to 1000
+rad while t goes from 0 to 1, so that a small error of the network becomes a large one of du/dt;
+here, by at most 1 rad. Data are means µ, as in 07. It learns as 01 does.
 
-Left out: Geng et al. divide the error of each image by its size. Then u leans to the most frequent
-targets, and some digits come too often: one step scores 1.02, not XXX (Fréchet distance).
+Left out: Geng et al. divide the squared error of each image by (about) itself, held constant. With
+that too many digits were a 1: one step scored 1.02, without it 0.65 (after 31 minutes; 05).
 
     python 06_meanflow.py                    XXX on a core of an Intel Xeon
     python 06_meanflow.py --sample-only      no training: the shipped weights
@@ -59,7 +61,7 @@ import common
 from common import COUNT, Attention, Between, ResBlock
 
 latent = importlib.import_module("02_latent_diffusion")  # its VAE; nothing else
-warnings.filterwarnings("ignore", ".*torch.jit.script")  # torch.func.jvp is not ours (findings/)
+warnings.filterwarnings("ignore", ".*torch.jit.script")  # that of torch.func.jvp
 
 
 def parse_args(argv: list[str] | None = None):
@@ -87,7 +89,7 @@ class UNet(nn.Module):
         self.c_time = c_time
         self.time = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
                                   nn.Linear(c_time, c_time), nn.SiLU())
-        self.gap = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
+        self.gap = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),  # vs 04b: of r - t
                                  nn.Linear(c_time, c_time))
         self.conv_in = nn.Conv2d(1, c1, 3, padding=1)
         self.down0 = ResBlock(c1, c1, c_time)
@@ -133,8 +135,8 @@ def even_times(steps: int) -> list[float]:
 
 
 def draw_times(n: int, equal: int, rng=None, device="cpu") -> tuple[Tensor, Tensor]:
-    """t <= r, (n,) each: the smaller and the larger of two logit-normal draws (mean 0.4, Geng
-    et al.: -0.4 for their t); r = t for the first `equal` of them."""
+    """t <= r, (n,) each: the smaller and the larger of two logit-normal draws (logits of mean
+    0.4, and deviation 1; Geng et al.: -0.4, for their t); r = t for the first `equal`."""
     times = (torch.randn(2, n, generator=rng, device=device) + 0.4).sigmoid()
     times[1, :equal] = times[0, :equal]
     return times.amin(0), times.amax(0)
@@ -148,15 +150,15 @@ def total_derivative(model, x: Tensor, t: Tensor, r: Tensor, v: Tensor) -> Tenso
 
 
 def meanflow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, r: Tensor, equal: int = 0) -> Tensor:
-    """The loss above (Geng et al. 2025, Eq. 9 to 11, but without their weight).
+    """The loss above: Geng et al. 2025, Eq. 9 to 11, without weight, and with the own v in du/dt.
 
     x0 (noise) and x1 (data): (B, 1, H, W); t <= r: (B,) in [0, 1], with r = t for the first
     `equal`."""
     t_, r_ = t.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1)  # one for each image
     x_t, target = (1 - t_) * x0 + t_ * x1, x1 - x0
     with torch.no_grad():
-        x, t_gap, r_gap = x_t[equal:], t[equal:], r[equal:]  # where t < r
-        du_dt = total_derivative(model, x, t_gap, r_gap, v=model(x, t_gap))
+        x, t_rest, r_rest = x_t[equal:], t[equal:], r[equal:]  # t < r; elsewhere r-t is 0
+        du_dt = total_derivative(model, x, t_rest, r_rest, v=model(x, t_rest))
         target[equal:] += (r_ - t_)[equal:] * du_dt
     return F.mse_loss(model(x_t, t, r), target)
 
