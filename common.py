@@ -652,7 +652,7 @@ def draw_progress(folder: Path, state: dict) -> None:
             axes.plot(*torch.tensor(points).view(-1, 2).T, ".-", label=label)
         axes.set(title=f"loss: {name}", xlabel="epoch")
         axes.locator_params("x", integer=True)
-        axes.legend()
+        axes.legend(loc="upper right")
         first = len(stage["epochs"]) - len(stage["frames"]) + 1
         frames = enumerate(stage["frames"], first)
         rows |= {f"{name}, epoch {i}": x.cpu() / 127.5 - 1 for i, x in frames}
