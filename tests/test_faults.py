@@ -41,9 +41,8 @@ WRONG = {  # an option, whichever script has it: values that it must refuse
     "--digits": ["x", "12a", "-3", ""], "--steps": COUNT, "--ab2-steps": COUNT,
     "--pairs": COUNT, "--pair-steps": COUNT, "--reflow-epochs": COUNT, "--reflow-lr": RATE,
     "--samples": [*COUNT, "1"], "--toy-steps": [*COUNT, "15"],
-    "--meanflow-epochs": COUNT, "--meanflow-lr": RATE,
     "--flow-t": ["normal", ""], "--reflow-t": ["normal", ""],
-    "--equal": ["-0.1", "1.1", "nan", "x"], "--tangent": ["x", ""], "--derivative": ["x", ""],
+    "--equal": ["-0.1", "1.1", "nan", "x"],
 }
 SWITCHES = {"--help", "--resume", "--sample-only", "--no-graphs", "--no-bf16", "--fast-dev",
             "--train-judge"}

@@ -35,7 +35,7 @@ def seeded(seed: int) -> torch.Generator:
     ([latent, latent_flow], ["VAE", "conv_block", "encode_all"]),
     ([flow, latent_flow], ["even_times", "euler_sample", "adams_sample", "straightness",
                            "make_pairs"]),
-    ([flow, meanflow], ["even_times"]),
+    ([flow, latent_flow, meanflow], ["even_times"]),
     (DRAWING, ["main"]),
 ])
 def test_siblings_share_their_text(modules, names):
