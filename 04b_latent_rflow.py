@@ -140,7 +140,7 @@ class UNet(nn.Module):
     """x_t (B, 1, H, W), H and W multiples of 4, t (B,) from 0 to t_max -> v (B, 1, H, W)."""
     def __init__(self, width: int, t_max: float):
         super().__init__()
-        c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width  # vs 01: c3 for 2x2
+        c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width  # vs 01: c3 = c2, for 2x2
         self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
         self.time = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
                                   nn.Linear(c_time, c_time), nn.SiLU())
