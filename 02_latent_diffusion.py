@@ -4,9 +4,8 @@ Most pixels say little, yet diffusion in pixels works on all of them in every st
 variational autoencoder (VAE) first learns to turn an image into 64 numbers, its latent, and
 back. Its encoder q gives means µ and variances σ²; its decoder p rebuilds the image from a
 random z ~ N(µ, σ²), so all z near µ must decode to about this image. A KL divergence (0 only
-for equals) pulls each N(µ, σ²) towards N(0, I). It has a weight w of only 0.05, so images stay
-sharp, but all latents together are not N(0, I): few z drawn from that decode to digits. So
-stage two trains the diffusion of 01 on latents.
+for equals) pulls each N(µ, σ²) towards N(0, I). As its weight w is only 0.05, images stay sharp,
+but few z from N(0, I) decode to digits. So stage two trains the diffusion of 01 on latents.
 
     q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         w = 1: minus their Eq. 10

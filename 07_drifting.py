@@ -17,16 +17,14 @@ drift until they lie as the data do, where both forces cancel. To draw, one call
     x, y⁺, y⁻   x, data, others  (K, N, 64), (K, M, 64), (K, N, 64): latents; y⁻ are samples, too
 
 Exchange data and samples in Eq. 11, and V changes its sign. If they are distributed alike, that
-changes nothing: V = -V = 0. (And only then is V = 0 everywhere: arXiv 2604.24196.) See toy.png.
+changes nothing: V = -V = 0. (Only then is V = 0 everywhere: arXiv 2604.24196.) See toy.png.
 
 Why in the latent of 02? V needs hundreds of neighbours at once, and distances that mean
 something. A digit moved by two pixels is far from itself; in the latent that is better, and a
-sample has only 64 numbers. Data are means µ, for the noise of z says nothing. Each class is a
-problem of its own: a 3 drifts towards threes, away from threes.
-
-The network learns by AdamW (rate 0.001, falling to 0; weight decay 0.01), and averaged weights
-sample. V is the sum for three τ, scaled to a mean square of 1 each, even if only chance is left
-of it: look at progress.png, not at the loss.
+sample has only 64 numbers. Data are means µ: the noise of z says nothing. A 3 drifts towards
+threes, and away from threes. The network learns by AdamW (rate 0.001, falling to 0; weight
+decay 0.01), and averaged weights sample. V is the sum for three τ, each scaled to a mean square
+of 1, even if only chance is left of it: look at progress.png, not at the loss.
 
     python 07_drifting.py                         5 minutes on one core of an Intel Xeon
     python 07_drifting.py --digits 3141592653     these, from the shipped weights
