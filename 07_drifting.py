@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None):
     parser.set_defaults(batch_size=500)
     add = parser.add_argument
     add("--width", type=int, choices=[8, 64, 256, 512, 1024], default=512, help="of a layer")
-    add("--vae", type=Path, metavar="FILE", help="weights of 02; None: those that are shipped")
+    add("--vae", type=Path, metavar="FILE", help="weights of 02; None: shipped, or yours")
     # a batch has 500 images of each class, and an epoch each image about ten times
     add("--samples", type=int, choices=Between(2), default=40, help="of each class in a step")
     add("--toy-steps", type=int, choices=Between(16), default=1000, help="for toy.png")

@@ -387,6 +387,8 @@ def parse(parser, argv: list[str] | None, tiny: dict, sampling: list[str]) -> ar
     for name in ("dataset", *state.get("network", ())):  # these cannot differ from it
         if (now := getattr(args, name, None)) != known.get(name, now):
             parser.error(f"{state['path']} has --{name} {known[name]}: train anew for {now}")
+    if known and getattr(first, "vae", None):
+        parser.error(f"{state['path']} has a VAE of its own: train anew for another --vae")
     if not (args.sample_only or args.dataset in DATASETS or Path(args.dataset).is_dir()):
         parser.error(f"--dataset {args.dataset}: neither a folder, nor {', '.join(DATASETS)}")
     return args
