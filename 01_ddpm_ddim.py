@@ -154,7 +154,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
 
 
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1."""
+    """x_t in one step: Ho et al. 2020, Eq. 4. x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1."""
     signal_scale = schedule.signal_scale[t].view(-1, 1, 1, 1)  # one for each image
     noise_scale = schedule.noise_scale[t].view(-1, 1, 1, 1)
     return signal_scale * x0 + noise_scale * noise

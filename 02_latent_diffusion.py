@@ -2,10 +2,10 @@
 
 Most pixels say little, yet diffusion in pixels works on all of them in every step. So a
 variational autoencoder (VAE) first learns to turn an image into 64 numbers, its latent, and
-back. Its encoder gives means µ and variances σ²; its decoder rebuilds the image from a random
-z ~ N(µ, σ²), so latents near µ decode to similar images. A KL divergence, times w, pulls each
-N(µ, σ²) towards N(0, I). As w is only 0.05, images stay sharp, but all latents together are not
-N(0, I): few z from there decode to digits. So stage two trains the diffusion of 01 on latents.
+back. Its encoder q gives means µ and variances σ²; its decoder p rebuilds the image from a
+random z ~ N(µ, σ²), so all z near µ must decode to about this image. A KL divergence (0 only
+for equals) pulls each N(µ, σ²) towards N(0, I). As its weight w is only 0.05, images stay sharp,
+but few z from N(0, I) decode to digits. So stage two trains the diffusion of 01 on latents.
 
     q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         w = 1: minus their Eq. 10
@@ -17,12 +17,12 @@ N(0, I): few z from there decode to digits. So stage two trains the diffusion of
 
 Why 1x8x8, and why R? Convolutions expect neighbours that belong together, as in the latents
 of Rombach et al. 2022. Ours come from a linear layer, in no order. After a rotation, each
-number of z R changes mainly its own place (Fréchet distance after 3 epochs: 0.78, not 1.71).
+number of z R changes mainly its own place (EXPERIMENTS.md: distances of 0.78, not 1.71).
 
     python 02_latent_diffusion.py                  two hours on a core of an Intel Xeon
     python 02_latent_diffusion.py --sample-only    no training: the shipped weights
 
-Their Fréchet distance (5,000 by DDIM-100) is 0.201, of 01 0.208, of training digits 0.045.
+Fréchet distance (05; 5,000 by DDIM-100) by three seeds: 0.244, 0.175, 0.186; of 01 0.208.
 """
 
 import copy
@@ -117,7 +117,7 @@ class UNet(nn.Module):
     """x_t (B, 1, H, W), H and W multiples of 4, t (B,) from 0 to t_max -> v (B, 1, H, W)."""
     def __init__(self, width: int, t_max: float):
         super().__init__()
-        c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width  # vs 01: c3 for 2x2
+        c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width  # vs 01: c3 = c2, for 2x2
         self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
         self.time = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
                                   nn.Linear(c_time, c_time), nn.SiLU())
@@ -160,14 +160,14 @@ def make_models(width: int, timesteps: int, device: str = "cpu") -> dict[str, nn
 
 def blob_rotation(decode, mean: Tensor) -> Tensor:
     """The rotation R (64, 64) after which each number of z R draws a place of its own.
-    B (64, 784), the decoder's derivative at the mean z (64,), tells what each number of z
-    draws; so those of z R draw RᵀB. T (64, 784) is what we want: blobs on an 8x8 grid. With
-    B Tᵀ = U S Vᵀ, RᵀB is nearest to T for R = U Vᵀ (Schönemann 1966: Procrustes problem)."""
-    B = torch.autograd.functional.jacobian(lambda z: decode(z[None]).flatten(), mean).T.cpu()
+    D (64, 784), the decoder's derivative at the mean z (64,): row i is what number i of z draws.
+    z D = z R RᵀD, so those of z R draw RᵀD. It shall be near T (64, 784), blobs on an 8x8 grid:
+    with D Tᵀ = U S Vᵀ, ‖RᵀD - T‖ is least for R = U Vᵀ (Schönemann 1966: Procrustes problem)."""
+    D = torch.autograd.functional.jacobian(lambda z: decode(z[None]).flatten(), mean).T.cpu()
     pixels, middles = torch.arange(28.0), torch.linspace(5, 22, 8)  # where digits have ink
     bump = torch.exp(-0.5 * ((pixels - middles[:, None]) / 2.5) ** 2)  # (8, 28)
     T = F.normalize(torch.einsum("iy,jx->ijyx", bump, bump).reshape(64, 784))
-    U, _, Vh = torch.linalg.svd(B @ T.T)
+    U, _, Vh = torch.linalg.svd(D @ T.T)
     return U @ Vh
 
 
@@ -202,7 +202,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
 
 
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1."""
+    """x_t in one step: Ho et al. 2020, Eq. 4. x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1."""
     signal_scale = schedule.signal_scale[t].view(-1, 1, 1, 1)  # one for each image
     noise_scale = schedule.noise_scale[t].view(-1, 1, 1, 1)
     return signal_scale * x0 + noise_scale * noise
@@ -309,7 +309,7 @@ def train(args) -> dict[str, nn.Module]:
               lambda model, x, labels: vae_loss(model, x, args.kl_weight), data, test,
               args.vae_epochs, args.lr, draw=lambda model: model.decode(noise.flatten(1)))
     mu, logvar = encode_all(vae, data[0])
-    if "diffusion" not in state["stages"]:  # else it has learned with the R that is stored
+    if "diffusion" not in state["stages"]:  # else that has learned with this R, and it stays
         vae.R.copy_(blob_rotation(vae.decode, mu.mean(0)))
         vae.mean.copy_((mu @ vae.R).mean(0))
         vae.std.copy_(((mu @ vae.R).var(0) + logvar.exp().mean(0) @ vae.R**2).sqrt())  # of z R
@@ -333,7 +333,7 @@ def draw_vae(args, vae: VAE, x: Tensor, labels: Tensor, classes: list[str]) -> N
     mu, _ = encode_all(vae, x)
     common.save_grid(torch.cat([x[:10], vae.decode(mu[:10])]), args.out_dir / "samples_vae.png",
                      "Through the VAE", 10, ["test images", "reconstructions"])
-    unit = torch.eye(64, device=x.device)  # a step of each number of z, nothing, of z R
+    unit = torch.eye(64, device=x.device)  # 64 steps along z, a gap, 64 along z R
     steps = [unit.view(8, 8, 64), 0 * unit[:8, None], vae.R.T.reshape(8, 8, 64)]
     ends = mu.mean(0) + 2 * torch.cat(steps, dim=1).flatten(0, 1)
     drawn = vae.decode(ends) - vae.decode(mu.mean(0)[None])
@@ -350,7 +350,7 @@ def draw_vae(args, vae: VAE, x: Tensor, labels: Tensor, classes: list[str]) -> N
 @torch.no_grad()
 def make_figures(args, diffusion: nn.Module, vae: VAE) -> None:
     """16 images from the same noise by every sampler: pictures, timings, sets for 05."""
-    if args.sample_only and (found := common.test_images(args)):  # all else needs none
+    if args.sample_only and (found := common.test_images(args)):  # only these need images
         draw_vae(args, vae, *found)
     net = common.recorded(diffusion, args)
     schedule, noise = make_schedule(args.timesteps), common.noise(args, 16, 1, 8, 8)

@@ -8,12 +8,13 @@ become clearer, but those of one class more alike: guidance trades variety for c
 
     ∇log p(x_t|c) - ∇log p(x_t) = ∇log p(c|x_t)                  gradients by x_t; Bayes' rule
 
-The left side is, but for a factor, the difference of the two predictions. So it points to
-where a classifier would be surer of c, and no classifier is needed: hence the name.
+The right side points to where a classifier would be surer of c. The left one needs none, hence
+the name: ∇log p is -ε̂/√(1-ᾱ_t), so it is the difference of the two predictions of v, times
+-√ᾱ_t/√(1-ᾱ_t). The minus is no mistake: x̂_0 contains -√(1-ᾱ_t) v̂, and moves along ∇log p(c|x_t).
 
     loss = E ‖v - v_θ(x_t, t, c)‖², c = ∅ with probability 0.1   Ho & Salimans 2022, Alg. 1
     v̂    = v_θ(x_t, t, ∅) + s (v_θ(x_t, t, c) - v_θ(x_t, t, ∅))  their Eq. 6, for ε̂
-    s = 0: without c, 1: with c, above: guided             x_t, v, schedule and DDIM: as in 01
+    s = 0: without c, 1: with c, above: guided                   all else: as in 01
 
     papers          code                      shape
     x_0, x_t, ε     x0, x_t, noise            (B, 1, 28, 28), x0 in [-1, 1]
@@ -22,18 +23,20 @@ where a classifier would be surer of c, and no classifier is needed: hence the n
     ∅               NULL                      -1
     v_θ(x_t, t, c)  model(x_t, t, labels)     (B, 1, 28, 28)
     v̂               guided(...)(x_t, t)       (B, 1, 28, 28)
-    s = 1 + w       scale, --guidance         the paper guides ε̂ by w: the same, as s + (1-s) = 1
+    s = 1 + w       scale, --guidance         the paper guides ε̂, linear in v̂: so it is the same
 
-The class enters twice, to show how each is done: as input channels, and by cross-attention,
-as text does in large models. It learns as 01 does.
+The class enters twice, to show how each is done: as input channels, and by cross-attention (each
+pixel takes a weighted mean of learned tokens of its class), as text does in large models. The
+network learns as that of 01.
 
     python 03_cfg.py                                  40 epochs, for a GPU
     python 03_cfg.py --epochs 3 --batch-size 64       for a CPU
     python 03_cfg.py --digits 3141592653              these, from the shipped weights
 
 Measured after 34 epochs, 1,000 samples by DDIM-100: with s = 1, 1.25, 3 the classifier of 05
-reads 97.1%, 99.2%, 100% as asked for; Fréchet distances to the test digits are 0.142, 0.134,
-0.507 (training digits: 0.155 ± 0.03). So s = 3, the default, is clearer, but less varied.
+reads 97.1%, 99.2%, 100% as asked for; recall is 0.883, 0.839, 0.536; Fréchet distances are 0.142,
+0.134, 0.507 (as many training digits of each class: 0.102). So s = 3, the default, makes all
+digits clear, and shows the price: less variety.
 """
 
 import copy
@@ -162,7 +165,7 @@ def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
 
 
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t from x_0 in one step (Ho, Eq. 4). x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1."""
+    """x_t in one step: Ho et al. 2020, Eq. 4. x0, noise: (B, 1, H, W); t: (B,) in 0 ... T-1."""
     signal_scale = schedule.signal_scale[t].view(-1, 1, 1, 1)  # one for each image
     noise_scale = schedule.noise_scale[t].view(-1, 1, 1, 1)
     return signal_scale * x0 + noise_scale * noise
@@ -321,20 +324,20 @@ def make_figures(args, diffusion: nn.Module) -> None:
         made = {"name": f"{sampler}, {n} steps, s = {s:g}", "method": "guided diffusion",
                 "sampler": sampler, "steps": n, "guidance": s,
                 "network_calls": n if s in (0, 1) else 2 * n}  # a doubled batch counts as two
-        made |= {"classes": len(names)} if s else {}
+        made |= {"classes": len(names)} if s else {}  # with s = 0, no class was asked for
         samplers.append((made, partial(sample, s=s, eta=eta)))
     title = "Columns share their noise and, with s > 0, their class"
     title += f" (the first 10 of {len(names)} classes)" * (len(names) > 10)
-    common.draw_and_time(args, samplers, noise, title, [*names, *names][:10])
+    common.draw_and_time(args, samplers, noise, title, (names * 10)[:10])
 
 
 def draw_digits(args, net, schedule: Schedule, names: list[str]) -> None:
     """--digits: the classes that were asked for, in one picture, twenty to a row."""
     x_T, images = common.noise(args, len(args.digits), 1, 28, 28), []
-    for part in range(0, len(x_T), 100):
-        labels = torch.tensor(args.digits[part : part + 100], device=args.device)
+    for i in range(0, len(x_T), 100):
+        labels = torch.tensor(args.digits[i : i + 100], device=args.device)
         v_hat = guided(net, labels, args.guidance, len(names))
-        images.append(ddim_sample(v_hat, schedule, x_T[part : part + 100], args.ddim_steps))
+        images.append(ddim_sample(v_hat, schedule, x_T[i : i + 100], args.ddim_steps))
     shown = args.digits[:20]
     path = args.out_dir / f"digits_{''.join(map(str, shown))}.png"
     title = " ".join(names[i] for i in shown) + " ..." * (len(args.digits) > 20)

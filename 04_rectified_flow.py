@@ -26,13 +26,13 @@ their ends could cross, but hardly do. So after the reflow one step gets near th
     v_θ(x_t, t)     v = model(x_t, t)         (B, 1, 28, 28)
 
 x_t is on a line, z_t on a path; the code writes x for both, and takes means over pixels.
-Lines between random pairs cross, so the loss never gets to 0. It learns as 01 does.
+Lines between random pairs cross, so the loss never gets to 0. The network learns as in 01.
 
 Why does the network predict an image, and not v? v contains the noise of every pixel, which
 a network cannot copy exactly: some grey stays in the black. With x̂_1, the last step (of up
 to 100) ends at x̂_1 itself, and black is easy to predict: one step after a reflow is much
-better, though the flow before it is 10% worse (EXPERIMENTS.md). But 1-t divides, so v_θ
-has at least 0.01 there, and after t = 0.95 the loss multiplies errors of v by (1-t) / 0.05.
+better, though the flow before it is 10% worse (EXPERIMENTS.md). But v_θ divides by 1-t, so
+we take at least 0.01 for that, and after t = 0.95 weigh errors of v by (1-t) / 0.05.
 
 Euler's step takes the velocity at its start. AB2 estimates that at the middle of the step:
 v here and one step ago tell how it changes, without another call. Its steps get longer, as
@@ -45,7 +45,7 @@ Trained with the defaults on an NVIDIA H200 (but with another solver for the pai
 Fréchet distances (05; lower is better) of 5,000 samples (real digits have 0.045), and S of 16
 paths in 100 Euler steps:
     steps         1      2      5      10     100    S
-    flow, Euler   53.2   7.82   1.12   0.598  0.311  0.081
+    flow, Euler   53.2   7.83   1.12   0.598  0.311  0.081
     flow, AB2                   0.440  0.323
     reflow, Euler 0.739  0.662  0.583  0.540  0.483  0.0023
 One step after the reflow beats five of Euler's before it, but not five of AB2.
@@ -147,7 +147,7 @@ def make_models(width: int, device: str = "cpu") -> dict[str, nn.Module]:
 
 
 def flow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, error=F.mse_loss) -> Tensor:
-    """The error of v on the line from x0 to x1: Liu et al. 2022, Eq. 1.
+    """The error of v on the line from x0 to x1: Liu et al. 2022, Eq. 1, and a weight near t = 1.
 
     x0 (noise) and x1 (data): (B, 1, H, W); t: (B,) in [0, 1].
     The squared error makes v the mean where lines cross.

@@ -14,8 +14,8 @@ lower is better) is 0.293, in pixels 0.598 (though after 10 epochs, not 40).
     t               t                         (B,) from 0, noise, to 1, data: the reverse of 02
     v_θ(x_t, t)     v = model(x_t, t)         (B, 1, 8, 8)
 
-vs 04: the network predicts v itself. Exact black is hard for v, but the decoder draws it. Its
-c3 is 2 width, as in 02: at 2x2 there is little to see. It learns as 01 does.
+vs 04: the network predicts v itself. Exact black is hard for v, but the decoder draws it. The
+network is that of 02, and learns as in 01.
 
     python 04b_latent_rflow.py                  for a GPU; three hours on a core of an Intel Xeon
     python 04b_latent_rflow.py --sample-only    no training: the shipped weights
@@ -25,7 +25,7 @@ Fréchet distances of 5,000 samples (real digits: 0.045), and S of 16 paths, of 
     flow, Euler   36.0   1.66   0.455  0.293  0.212  0.35
     flow, AB2                   0.275  0.199
     reflow, Euler 0.411  0.336  0.284  0.259  0.235  0.0063
-One step after the reflow beats five of Euler's before it. AB2's ten beat Euler's 100.
+One step after the reflow beats five of Euler's before it, but not five of AB2.
 """
 
 import copy
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None):
     parser = common.make_parser(__file__, "Latent flow.", epochs=40, lr=7e-4)
     add = parser.add_argument
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
-    add("--vae", type=Path, metavar="FILE", help="weights of 02; None: those that are shipped")
+    add("--vae", type=Path, metavar="FILE", help="weights of 02; None: shipped, or yours")
     add("--steps", **COUNT, nargs="+", default=[1, 2, 5, 10, 100], help="numbers of Euler steps")
     add("--ab2-steps", **COUNT, nargs="+", default=[5, 10], help="numbers of AB2 steps (flow)")
     add("--flow-t", choices=T_DENSITIES, default="logit-normal", help="density of t in the flow")
@@ -140,7 +140,7 @@ class UNet(nn.Module):
     """x_t (B, 1, H, W), H and W multiples of 4, t (B,) from 0 to t_max -> v (B, 1, H, W)."""
     def __init__(self, width: int, t_max: float):
         super().__init__()
-        c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width  # vs 01: c3 for 2x2
+        c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width  # vs 01: c3 = c2, for 2x2
         self.c_time, self.time_scale = c_time, 1000 / t_max  # embed times up to 1000
         self.time = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
                                   nn.Linear(c_time, c_time), nn.SiLU())

@@ -7,20 +7,21 @@ both; by whether samples lie among digits (precision, density); and by whether d
 among samples (recall, coverage: are all kinds there?).
 
     FD        = |µ_r - µ_g|² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)     Heusel et al. 2017, Eq. 6
-    precision = share of φ_g with |φ_g - φ_r| ≤ R_3(φ_r) for some φ_r    Kynkäänniemi et al. 2019
+    precision = share of φ_g with |φ_g - φ_r| ≤ R_3(φ_r) for some φ_r   Kynkäänniemi et al. 2019
     recall    = share of φ_r with |φ_r - φ_g| ≤ R_3(φ_g) for some φ_g
     density   = a fifth of the number of φ_r with |φ_g - φ_r| ≤ R_5(φ_r), averaged over φ_g
     coverage  = share of φ_r with |φ_g - φ_r| ≤ R_5(φ_r) for some φ_g      Naeem et al. 2020
     R_k(φ) is the distance from φ to its k-th nearest neighbour in its own set
-    φ_r, φ_g: features of the test digits (10,000, 64), samples (N, 64); µ, Σ: mean, covariance
+    φ_r, φ_g: features of test digits (10,000, 64), samples (N, 64); µ, Σ: mean, covariance
 
 FD, the Fréchet distance, is really a squared distance, and a small set makes it too large.
-So each size N has its own table and floor: the mean FD of ten draws of N training digits.
-Claims compare distances minus the floor. One is open if it lies within two standard errors
-of its limit. We get the error of a distance by leaving out each twentieth of a set in turn.
-(The other scripts save sets with --eval-samples; here that takes the first N of each set.)
+So each size N has its own table and floor: the mean FD of ten draws of N training digits
+(with as many of each class if a set has that, as those of 03 and 07). Claims compare times,
+shares misread, or distances minus the floor. One is open if luck may decide: within two
+standard errors of its limit. (To get the error of a distance, we leave out each twentieth
+of a set in turn; it tells the luck of the noise, not that of another training.)
 
-    python 05_compare.py                       score what is in runs/: table, plots, verdicts
+    python 05_compare.py                       score the sets in runs/ (of --eval-samples)
     python 05_compare.py FILE.pt FOLDER        score these: a .pt, or a folder of pictures
     python 05_compare.py --train-judge         train the classifier again, on --dataset
 
@@ -49,9 +50,9 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument
     add("files", nargs="*", type=Path, metavar="FILE", help="a .pt, or a folder of pictures")
     add("--train-judge", action="store_true", help="train the classifier of --dataset")
-    add("--runs", type=Path, help="folder of all results; None: that of --out-dir")
+    add("--runs", type=Path, help="folder of all results; None: the one with --out-dir")
     tiny = {"dataset": "synthetic", "train_images": 512, "epochs": 2, "batch_size": 32}
-    parser.set_defaults(eval_samples=10_000)
+    parser.set_defaults(eval_samples=10_000)  # at most so many of each set
     first = parser.parse_args(argv or [])
     parser.set_defaults(sample_only=not (first.train_judge or first.resume or first.fast_dev))
     args = common.parse(parser, argv, tiny, sampling=["files", "train_judge", "runs"])
@@ -97,7 +98,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """FD between the Gaussians fitted to two sets of features, (N, D) and (M, D).
 
     QR decompositions give factors with Σ = AᵀA. The singular values of A_r A_gᵀ are the square
-    roots of the eigenvalues of Σ_r Σ_g, so they add up to tr (Σ_r Σ_g)^½, without a matrix root.
+    roots of the eigenvalues of Σ_r Σ_g, so they add up to tr (Σ_r Σ_g)^½; no matrix root.
     """
     a_r, a_g = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R
                 for x in (real, fake))
@@ -107,7 +108,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
 
 def standard_error(without: Tensor) -> float:
-    """Of a set's figure, from its values without each of K blocks (Tukey's jackknife)."""
+    """Of a set's figure, from its values without each of K blocks: Tukey's jackknife."""
     return ((len(without) - 1) * without.var(correction=0)).sqrt().item()
 
 
@@ -124,7 +125,7 @@ def score(judge: Judge, real: Tensor, samples: dict) -> dict:
     phi, digits = features(judge, samples["images"])
     row = {key: value for key, value in samples.items() if key not in ("images", "labels")}
     row |= {"N": len(phi), "distance": frechet_distance(real, phi)}
-    block = torch.arange(len(phi)) * 20 // len(phi)  # twentieths with all classes in each
+    block = torch.arange(len(phi)) * 20 // len(phi)  # twentieths
     row["without"] = torch.tensor([frechet_distance(real, phi[block != k]) for k in block.unique()])
     n = min(len(real), len(phi))  # equally many of both
     fake, some = phi[:n], real[torch.arange(n) * len(real) // n]  # evenly: writers differ
@@ -139,14 +140,22 @@ def score(judge: Judge, real: Tensor, samples: dict) -> dict:
     return row
 
 
-def floor_of(judge: Judge, real: Tensor, phi: Tensor, training: dict, n: int) -> dict:
-    """The row of n training images (features `phi`): the mean distance of ten draws."""
-    rng = torch.Generator().manual_seed(0)
-    draws = [torch.randperm(len(phi), generator=rng)[:n] for _ in range(10)]
+def floor_of(judge: Judge, real: Tensor, phi: Tensor, training: dict, n: int, even=False) -> dict:
+    """The row of n training images, if `even` as many of each class: the mean distance of ten
+    draws, and the error of one; the other scores are those of the first."""
+    rng, draws, labels = torch.Generator().manual_seed(0), [], training["labels"]
+    for _ in range(10):
+        draw = torch.randperm(len(phi), generator=rng)
+        if even:  # the first of each class, then the second, ...
+            turn = F.one_hot(labels[draw]).cumsum(0).gather(1, labels[draw, None])[:, 0]
+            draw = draw[turn.argsort(stable=True)]
+        draws.append(draw[:n])
     distances = torch.tensor([frechet_distance(real, phi[draw]) for draw in draws])
     row = score(judge, real, {key: part[draws[0]] for key, part in training.items()})
-    error = distances.std().item() if 2 * n <= len(phi) else None  # else they overlap
-    return row | {"method": "training images", "distance": distances.mean().item(), "error": error}
+    shared = min(n / len(phi), 1)  # of two draws: this makes them more alike
+    row["error"] = distances.std().item() / (1 - shared) ** 0.5 if shared < 1 else None
+    row["method"] = "training images" + ", classes alike" * even
+    return row | {"distance": distances.mean().item()}
 
 
 def train(args) -> dict[str, nn.Module]:
@@ -189,14 +198,6 @@ def load_set(path: Path, limit: int) -> dict:
         return samples | {k: samples[k][:limit] for k in ("images", "labels") if k in samples}
 
 
-def add_notes(rows: list[dict]) -> None:
-    """Why a row has no verdict: it is of another machine, so its times do not compare."""
-    machines = [row.get("hardware", "an unknown machine") for row in rows]
-    for row, machine in zip(rows, machines):
-        row["note"] = "" if machine == statistics.mode(machines) else f"on {machine}"
-
-
-FIND_BY = ("method", "sampler", "steps", "guidance")  # what a claim names
 COLUMNS = {  # key of a row: heading and format
     "method": ("method", ""), "sampler": ("sampler", ""), "steps": ("steps", ","),
     "guidance": ("guidance", "g"), "network_calls": ("network calls", ","),
@@ -204,54 +205,56 @@ COLUMNS = {  # key of a row: heading and format
     "error": ("standard error", ".2g"), "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"), "density": ("density", ".3f"), "coverage": ("coverage", ".3f"),
     "accuracy": ("accuracy", ".2%"), "seconds": ("seconds for 16", ".3g"),
-    "images_per_second": ("images/s", ",.1f"), "note": ("not compared:", ""),
+    "images_per_second": ("images/s", ",.1f"), "note": ("times", ""),
 }
-HEADINGS = {key: COLUMNS[key][0] for key in COLUMNS} | {"misread": "share misread"}
+HEADINGS = {key: heading for key, (heading, _) in COLUMNS.items()} | {"misread": "share misread"}
+TIMES = ("seconds", "images_per_second")
 AS_GOOD = 1.25  # at most so many times the other's distance above the floor
 # A claim: its text, one set, the other, and what is compared, with its limit
 CLAIMS = [  # 1 to 5 are a homework report's (RESULTS.md), 6 is ours
-    ("1a. DDIM-100 is many times faster than DDPM", ("diffusion", "DDIM", 100),
-     ("diffusion", "DDPM", 1000), {"seconds": 5}),
-    ("1b. ... and almost as good", ("diffusion", "DDIM", 100),
-     ("diffusion", "DDPM", 1000), {"above": AS_GOOD}),
-    ("2. Latent diffusion is cheaper and as good", ("latent diffusion", "DDIM", 100),
-     ("diffusion", "DDIM", 100), {"images_per_second": 1, "above": AS_GOOD}),
-    ("3. Guidance makes digits more distinct", ("guided diffusion", "DDIM", 100, 3),
-     ("guided diffusion", "DDIM", 100, 1), {"misread": AS_GOOD}),
-    ("4a. One step after reflow is as good as five before", ("reflow", "Euler", 1),
-     ("rectified flow", "Euler", 5), {"above": AS_GOOD}),
-    ("4b. ... and in the latent", ("latent reflow", "Euler", 1),
-     ("latent flow", "Euler", 5), {"above": AS_GOOD}),
-    ("5a. The latent flow needs fewer steps", ("latent flow", "Euler", 5),
-     ("rectified flow", "Euler", 10), {"above": AS_GOOD}),
-    ("5b. ... or less time", ("latent flow", "Euler", 10),
-     ("rectified flow", "Euler", 10), {"images_per_second": 1, "above": AS_GOOD}),
+    ("1a. DDIM-100 is many times faster than DDPM",
+     "diffusion DDIM 100", "diffusion DDPM 1000", {"seconds": 5}),
+    ("1b. ... and almost as good",
+     "diffusion DDIM 100", "diffusion DDPM 1000", {"above": AS_GOOD}),
+    ("2. Latent diffusion is cheaper and as good", "latent diffusion DDIM 100",
+     "diffusion DDIM 100", {"images_per_second": 1, "above": AS_GOOD}),
+    ("3. Guidance makes digits more distinct", "guided diffusion DDIM 100 3",
+     "guided diffusion DDIM 100 1", {"misread": AS_GOOD}),
+    ("4a. One step after reflow is as good as five before",
+     "reflow Euler 1", "rectified flow Euler 5", {"above": AS_GOOD}),
+    ("4b. ... and in the latent",
+     "latent reflow Euler 1", "latent flow Euler 5", {"above": AS_GOOD}),
+    ("5a. The latent flow needs fewer steps",
+     "latent flow Euler 5", "rectified flow Euler 10", {"above": AS_GOOD}),
+    ("5b. ... or less time", "latent flow Euler 10", "rectified flow Euler 10",
+     {"images_per_second": 1, "above": AS_GOOD}),
     ("6a. One step without pairs, MeanFlow, is as good as after a reflow",
-     ("MeanFlow", "MeanFlow", 1), ("latent reflow", "Euler", 1), {"above": AS_GOOD}),
-    ("6b. ... and drifting, told the class", ("drifting", "drifting", 1),
-     ("latent reflow", "Euler", 1), {"above": AS_GOOD}),
+     "MeanFlow MeanFlow 1", "latent reflow Euler 1", {"above": AS_GOOD}),
+    ("6b. ... and drifting, told the class",
+     "drifting drifting 1", "latent reflow Euler 1", {"above": AS_GOOD}),
 ]
 
 
-def find(rows: list[dict], wanted: tuple) -> dict | None:
-    """The first row of a method, sampler, number of steps and, if it is given, guidance."""
-    return next((row for row in rows
-                 if all(row.get(key) == x for key, x in zip(FIND_BY, wanted))), None)
+def name(row: dict) -> str:
+    """Of a set, as in CLAIMS: method, sampler, steps, and guidance, if any."""
+    parts = [row.get(key) for key in ("method", "sampler", "steps", "guidance")]
+    return " ".join(f"{x:g}" if type(x) in (int, float) else x for x in parts if x is not None)
 
 
 def judge_rule(a: dict, b: dict, key: str, limit: float) -> tuple[str, str]:
-    """Verdict on a beside b, and figures. Of speed: is a at least `limit` times as fast?
-    Of what should be small: better; as good (at most `limit` times b's); worse; or open, where
-    luck may decide."""
+    """Verdict on a beside b, and figures. Of times: is a at least `limit` times as fast? Of
+    what should be small: better; as good (at most `limit` times b's); worse; or open."""
     figures = f"{HEADINGS[key]} {a[key]:.3g} against {b[key]:.3g}"
-    if key in ("seconds", "images_per_second"):
+    if key in TIMES:
+        if a["note"] != b["note"]:
+            return "not measured", f"{HEADINGS[key]}: of two machines"
         times = b[key] / a[key] if key == "seconds" else a[key] / b[key]
         slower = "slower" if times < 1 else f"not {limit:g} times as fast"
         return "faster" if times >= limit else slower, f"{figures}, {times:.3g} times as fast"
 
     def margin(times: float) -> float:
-        """By how many standard errors a is below `times` b; one noise is one luck."""
-        times = 2 - times if b[key] < 0 else times  # below the floor, 1.25 times is lower
+        """By how many standard errors a is below `times` b. Sets of one noise share its luck."""
+        times = 2 - times if b[key] < 0 else times  # b below the floor: a quarter of |b| more
         if key == "above":
             error = standard_error(times * b["without"] - a["without"])
         else:  # shares of N, in which one image more or less is never certain
@@ -259,21 +262,25 @@ def judge_rule(a: dict, b: dict, key: str, limit: float) -> tuple[str, str]:
             error = ((p - p * p) / a["N"] + times**2 * (q - q * q) / b["N"]) ** 0.5
         return (times * b[key] - a[key]) / max(error, 1e-9)
 
-    verdict = ("better" if margin(1) > 2 else "as good" if margin(limit) > 2 else
-               "worse" if margin(limit) < -2 else "open")
+    if margin(1) > 2:
+        verdict = "better"
+    elif margin(limit) > 2:
+        verdict = "as good"
+    else:
+        verdict = "worse" if margin(limit) < -2 else "open"
     return verdict, figures + (f", {a[key] / b[key]:.3g} times" if min(a[key], b[key]) > 0 else "")
 
 
-def judge_claim(rows: list[dict], claim: str, one: tuple, two: tuple, rules: dict) -> list[str]:
-    """Claim, what is compared, verdict and figures, from rows of equal N."""
-    names, (a, b) = [" ".join(map(str, x)) for x in (one, two)], [find(rows, x) for x in (one, two)]
-    compared = " against ".join(names)
-    lacking = [name for name, row in zip(names, (a, b)) if not row]
-    lacking = lacking or [HEADINGS[key] for key in rules if None in (a.get(key), b.get(key))]
-    if lacking:  # no such set, or it has no times or labels
-        return [claim, compared, "not measured", f"no {lacking[0]} to compare"]
-    found = [judge_rule(a, b, key, limit) for key, limit in rules.items()]
-    return [claim, compared, *(", ".join(parts) for parts in zip(*found))]
+def judge_claim(rows: list[dict], n: int, claim: str, one: str, two: str, rules: dict) -> list:
+    """Claim, what is compared, verdict and figures, from sets of n; times from sets of any size."""
+    rows, found = sorted(rows, key=lambda row: row["N"] == n), []  # those of n last: they count
+    for key, limit in rules.items():
+        sets = {name(row): row for row in rows
+                if row.get(key) is not None and (row["N"] == n or key in TIMES)}
+        lacking = [wanted for wanted in (one, two) if wanted not in sets]
+        found.append(("not measured", f"no {HEADINGS[key]} of {lacking[0]}") if lacking else
+                     judge_rule(sets[one], sets[two], key, limit))
+    return [claim, f"{one} against {two}", *(", ".join(parts) for parts in zip(*found))]
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -291,35 +298,35 @@ def score_table(rows: list[dict]) -> str:
     return table([HEADINGS[key] for key in keys], lines)
 
 
-def draw(args, n: int, rows: list[dict], floor: dict) -> None:
+def draw(args, n: int, rows: list[dict], floor: float) -> None:
     """Plots for sets of n images. Color: method; mark: sampler; bar: two standard errors."""
-    methods, samplers = ([*dict.fromkeys(row[key] for row in rows)] for key in FIND_BY[:2])
+    methods = [*dict.fromkeys(row["method"] for row in rows)]
+    samplers = [*dict.fromkeys(row["sampler"] for row in rows)]
     for x, xlabel in ("network_calls", "network calls for an image"), ("seconds", "seconds for 16"):
         lines, axes = {}, figure.Figure(figsize=(8, 5)).subplots()
         for row in rows:
-            if row.get(x) is not None and row.get("guidance") in (None, 1):
+            comparable = row.get(x) is not None and not (x == "seconds" and row["note"])
+            if comparable and row.get("guidance") in (None, 1):
                 lines.setdefault((row["method"], row["sampler"]), []).append(row)
         for (method, sampler), group in lines.items():
             xs, ys = ([row[key] for row in group] for key in (x, "distance"))
             color, mark = f"C{methods.index(method)}", "osD^vP*X"[samplers.index(sampler) % 8]
             bars = [2 * row.get("error", 0) for row in group]
             axes.errorbar(xs, ys, bars, color=color, marker=mark, lw=1)
-            axes.annotate(f"{method}, {sampler}", (xs[0], ys[0]), (6, 4), color=color,
-                          fontsize=7, textcoords="offset points")
-        axes.axhline(floor["distance"], color="black", ls=":", label="training images")
+            text = method if method == sampler else f"{method}, {sampler}"
+            axes.annotate(text, (xs[0], ys[0]), (6, 4), color=color, fontsize=7,
+                          textcoords="offset points")
+        axes.axhline(floor, color="black", ls=":", label="training images")
         axes.set(xlabel=xlabel, xscale="log", yscale="log", ylabel="Fréchet distance",
                  title=f"Distance to the test images (lower is better), N = {n:,}")
         axes.legend(loc="upper right")
         axes.figure.savefig(args.out_dir / f"quality_{x}_{n}.png", bbox_inches="tight", dpi=120)
-    lines = {}
-    for y in ("distance", "accuracy", "precision", "recall"):
-        for row in rows:
-            if y in row and row.get("guidance") is not None and row["sampler"] == "DDIM":
-                lines.setdefault(HEADINGS[y], []).append((row["guidance"], row[y]))
-    if lines:
+    swept = [row for row in rows if row.get("guidance") is not None and row["sampler"] == "DDIM"]
+    lines = {HEADINGS[key]: [(row["guidance"], row[key]) for row in swept if key in row]
+             for key in ("distance", "accuracy", "precision", "recall")}
+    if swept:
         common.save_plot(args.out_dir / f"guidance_{n}.png", lines, xlabel="guidance scale s",
-                         ylabel="share; distance",
-                         title=f"Clarity and variety by guidance, N = {n:,}")
+                         ylabel="share; distance", title=f"What guidance does, N = {n:,}")
 
 
 def make_figures(args, judge: Judge) -> None:
@@ -331,30 +338,32 @@ def make_figures(args, judge: Judge) -> None:
     training = {"images": common.to_uint8(images), "labels": labels.cpu()}
     if args.sample_only:  # else it has just been trained on these
         common.same_classes(common.load_checkpoint(args), classes)
-    if wrong := [path for path, made in sets.items() if made["dataset"] not in ("", args.dataset)
-                 or made.get("names", classes) != classes]:
-        sys.exit(f"of other images or classes than those of {args.dataset}: {', '.join(wrong)}")
+    for path, made in sets.items():
+        if made["dataset"] not in ("", args.dataset) or made.get("names", classes) != classes:
+            sys.exit(f"{path} is of other images or classes than those of {args.dataset}")
+        made |= {"method": path} if args.files else {}
     real, digits = features(judge, common.to_uint8(test_images))
     right = (digits == test_labels.cpu()).double().mean()
     text = f"The classifier of {args.dataset} reads {right:.2%} of {len(real):,} test images.\n"
-    rows = [score(judge, real, made | ({"method": path} if args.files else {}))
-            for path, made in tqdm(sets.items(), "sets")]
-    add_notes(rows)
+    rows = [score(judge, real, made) for made in tqdm(sets.values(), "sets")]
+    machines = [row.get("hardware", "an unknown machine") for row in rows]
+    for row, machine in zip(rows, machines):  # most rows are of one, whose times compare
+        row["note"] = "" if machine == statistics.mode(machines) else f"on {machine}"
     rows.sort(key=lambda row: (row["note"], row["method"], row["sampler"],
                                row["steps"] or 0, row.get("guidance") or 0))
     phi, _ = features(judge, training["images"])
     for n in sorted({row["N"] for row in rows}) or [args.eval_samples]:
         chosen = [row for row in rows if row["N"] == n]
-        floor = floor_of(judge, real, phi, training, n)
-        for row in chosen if floor["N"] == n else []:  # else there are too few training images
-            row["above"] = row["distance"] - floor["distance"]
-            row["without"] -= floor["distance"]
+        kinds = sorted({False, *("classes" in row for row in chosen)})  # as many of each class
+        floors = {even: floor_of(judge, real, phi, training, n, even) for even in kinds}
+        for row in chosen if floors[False]["N"] == n else []:  # else too few training images
+            row["above"] = row["distance"] - floors["classes" in row]["distance"]
             row["error"] = standard_error(row["without"])
-        text += f"\nSets of N = {n:,} (floor: {floor['N']:,}):\n\n{score_table([*chosen, floor])}"
+        text += f"\nSets of N = {n:,} (floor: {floors[False]['N']:,}):\n\n"
+        text += score_table([*chosen, *floors.values()])
         if not args.files:
-            chosen = [row for row in chosen if not row["note"]]
-            draw(args, n, chosen, floor)
-            verdicts = [judge_claim(chosen, *claim) for claim in CLAIMS]
+            draw(args, n, chosen, floors[False]["distance"])
+            verdicts = [judge_claim(rows, n, *claim) for claim in CLAIMS]
             text += "\n" + table(["claim", "sets", "verdict", "figures"], verdicts)
     common.say(text)
     if not args.files:

@@ -18,26 +18,29 @@ there and the change of u along the path, and both can be had from data and netw
     sample: x_r = x_t + (r-t) u_θ(x_t, t, r)               one step: t = 0, r = 1
 
     paper           code                      shape
-    ε, x            x0, x1                    (B, 1, 8, 8), noise and data: x_0, x_1 as in 04b
+    ε, x, z_t       x0, x1, x_t               (B, 1, 8, 8): noise, data, and between them
     t >= r          t <= r                    (B,) from 0, noise, to 1, data: 1 minus theirs
     u_θ(z_t, r, t)  model(x_t, t, r)          (B, 1, 8, 8), minus theirs, as is v
-    du/dt           du_dt                     (B, 1, 8, 8), along the path
+    du/dt           du_dt                     the same as theirs, since u and t both change sign
 
 Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate both sides by t along
 the path. By the product rule, and as t is the lower end of the integral: -u + (r-t) du/dt = -v.
-Only u obeys it, for (r-t) u is 0 at t = r.
+Conversely, if u obeys the law, both sides change alike with t, and are 0 at t = r: so they are
+equal. (The path follows v; it leaves the line from x_0 to x_1 on which the loss takes its x_t.)
 
-A squared error is least at the mean, and the mean of x_1 - x_0 at x_t is v: so the loss may use
-x_1 - x_0. In du/dt that would be right on average, too, but noisy; there we take the network's
-own v (Geng et al., arXiv 2512.02012). For half of each batch r = t: there the target is x_1 - x_0,
-as for a flow, and the network learns v. The loss does not fall to 0, since lines cross.
+The law contains v twice. For the first, x_1 - x_0 will do: a squared error is least at the mean,
+and the mean of x_1 - x_0 at x_t is v. In du/dt it would do, too, but is noisy; there we take the
+network's own v (Geng et al., arXiv 2512.02012). For half of each batch r = t: there the target
+is x_1 - x_0, as for a flow, and the network learns v. The loss never gets to 0, as lines cross.
 
 Why other sinusoids than in 04b? du/dt contains their derivative. Those of 04b turn by up to 1000
-rad while t goes from 0 to 1, so that a small error of the network becomes a large one of du/dt;
-here, by at most 1 rad. Data are means µ, as in 07. It learns as 01 does.
+rad while t goes from 0 to 1, so a small error of the network becomes a large one of du/dt. Ours
+turn by at most 1 rad. Data are means µ, as in 07: one step cannot know the noise of z. The
+network learns as in 01.
 
 Left out: Geng et al. divide the squared error of each image by (about) itself, held constant. With
-that too many digits were a 1: one step scored 1.02, without it 0.65 (after 31 minutes; 05).
+that too many digits were a 1: after half an hour of a core, one step had a Fréchet distance of
+1.02, without it of 0.65 (EXPERIMENTS.md).
 
     python 06_meanflow.py                    XXX on a core of an Intel Xeon
     python 06_meanflow.py --sample-only      no training: the shipped weights
@@ -61,14 +64,14 @@ import common
 from common import COUNT, Attention, Between, ResBlock
 
 latent = importlib.import_module("02_latent_diffusion")  # its VAE; nothing else
-warnings.filterwarnings("ignore", ".*torch.jit.script")  # that of torch.func.jvp
+warnings.filterwarnings("ignore", ".*torch.jit.script")  # torch.func.jvp causes it (findings/)
 
 
 def parse_args(argv: list[str] | None = None):
     parser = common.make_parser(__file__, "MeanFlow.", epochs=40, lr=7e-4)
     add = parser.add_argument
     add("--width", type=int, choices=[8, 16, 32, 64], default=64, help="channels at 8x8")
-    add("--vae", type=Path, metavar="FILE", help="weights of 02; None: those that are shipped")
+    add("--vae", type=Path, metavar="FILE", help="weights of 02; None: shipped, or yours")
     add("--steps", **COUNT, nargs="+", default=[1, 2, 5, 10], help="numbers of MeanFlow steps")
     add("--equal", type=float, choices=Between(0, 1), default=0.5, help="share with r = t")
     tiny = {"dataset": "synthetic", "train_images": 128, "epochs": 8, "batch_size": 16,
@@ -85,11 +88,11 @@ class UNet(nn.Module):
     """vs 04b: u from t to r, (B,) each, from 0 to 1; without r, r = t and u = v."""
     def __init__(self, width: int):
         super().__init__()
-        c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width  # vs 01: c3 for 2x2
+        c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width  # vs 01: c3 = c2, for 2x2
         self.c_time = c_time
         self.time = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
                                   nn.Linear(c_time, c_time), nn.SiLU())
-        self.gap = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),  # vs 04b: of r - t
+        self.gap = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),  # vs 04b: embeds r - t
                                  nn.Linear(c_time, c_time))
         self.conv_in = nn.Conv2d(1, c1, 3, padding=1)
         self.down0 = ResBlock(c1, c1, c_time)
@@ -142,7 +145,6 @@ def draw_times(n: int, equal: int, rng=None, device="cpu") -> tuple[Tensor, Tens
     return times.amin(0), times.amax(0)
 
 
-@torch.no_grad()
 def total_derivative(model, x: Tensor, t: Tensor, r: Tensor, v: Tensor) -> Tensor:
     """du/dt = ∂u/∂x · v + ∂u/∂t at x (B, ...), t and r (B,): the change of u along the path, a
     Jacobian-vector product, in one pass."""
@@ -150,16 +152,17 @@ def total_derivative(model, x: Tensor, t: Tensor, r: Tensor, v: Tensor) -> Tenso
 
 
 def meanflow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, r: Tensor, equal: int = 0) -> Tensor:
-    """The loss above: Geng et al. 2025, Eq. 9 to 11, without weight, and with the own v in du/dt.
+    """The loss above: Geng et al. 2025, Eq. 9 to 11, without weight, and with the network's v in du/dt.
 
     x0 (noise) and x1 (data): (B, 1, H, W); t <= r: (B,) in [0, 1], with r = t for the first
     `equal`."""
-    t_, r_ = t.view(-1, 1, 1, 1), r.view(-1, 1, 1, 1)  # one for each image
+    t_, gap = t.view(-1, 1, 1, 1), (r - t).view(-1, 1, 1, 1)  # one for each image
     x_t, target = (1 - t_) * x0 + t_ * x1, x1 - x0
-    with torch.no_grad():
-        x, t_rest, r_rest = x_t[equal:], t[equal:], r[equal:]  # t < r; elsewhere r-t is 0
-        du_dt = total_derivative(model, x, t_rest, r_rest, v=model(x, t_rest))
-        target[equal:] += (r_ - t_)[equal:] * du_dt
+    if equal < len(t):  # there are images with t < r; for all others the gap is 0
+        with torch.no_grad():
+            x, t_rest = x_t[equal:], t[equal:]
+            v = model(x, t_rest)
+            target[equal:] += gap[equal:] * total_derivative(model, x, t_rest, r[equal:], v)
     return F.mse_loss(model(x_t, t, r), target)
 
 

@@ -1,6 +1,6 @@
 """What the numbered scripts share. Networks, losses, samplers and loops are their own.
 
-To read: the blocks of the U-Nets, the images, Muon, `recorded`. The rest is plumbing.
+To read: the first third, with the blocks of the U-Nets, the images, Muon and `recorded`.
 """
 
 import argparse
@@ -105,7 +105,6 @@ class Attention(nn.Module):
 
 DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST,
             "kmnist": datasets.KMNIST, "synthetic": None}
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 RUN = ".run"  # an empty file that marks a folder of results
 
 
@@ -132,16 +131,6 @@ def load_images(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor], l
     return train, test, classes
 
 
-def test_images(args: argparse.Namespace) -> list:
-    """[images, labels, classes] to test; [] if they are not here."""
-    kind = DATASETS.get(args.dataset)
-    place = args.data_dir / kind.__name__ if kind else Path(args.dataset)
-    if args.dataset != "synthetic" and not place.is_dir():
-        return []
-    _, test, classes = load_images(args)
-    return [*test, classes]
-
-
 def torchvision_set(args: argparse.Namespace, train: bool):
     """MNIST or the like from --data-dir; if it is not there, it is downloaded."""
     kind = DATASETS[args.dataset]
@@ -162,79 +151,6 @@ def torchvision_set(args: argparse.Namespace, train: bool):
         if len(data.data) != len(data.targets):
             raise ValueError(f"{len(data.data)} images with {len(data.targets)} labels")
     return data
-
-
-def find_pictures(root: Path, results: Path | None = None) -> tuple[list[Path], dict]:
-    """All pictures under `root`, relative to it, and what is left out, by the reason for it."""
-    found, errors, left_out, seen = [], [], defaultdict(list), {results and results.resolve()}
-    for folder, folders, files in os.walk(root, onerror=errors.append, followlinks=True):
-        hidden = [x for x in folders + files if x[0] == "." or x == "__MACOSX"]
-        folder, folders[:] = Path(folder), sorted({*folders} - {*hidden})
-        if RUN in files or folder.resolve() in seen:  # also at the end of a circle of links
-            left_out["with results, or seen before"].append(folder.relative_to(root))
-            folders.clear()
-            continue
-        seen.add(folder.resolve())
-        left_out["hidden"] += hidden
-        for path in sorted(folder / name for name in {*files} - {*hidden}):
-            picture = path.suffix.lower() in PICTURES and path.is_file()
-            (found if picture else left_out["of other kinds"]).append(path.relative_to(root))
-    left_out["not to be opened"] = [error.filename for error in errors]
-    return found, left_out
-
-
-def read_pictures(root: Path, paths: list[Path], left_out: dict) -> tuple[list[Path], Tensor]:
-    """Those paths that PIL can read, and what they show: (N, 1, 28, 28) in [-1, 1], upright, grey,
-    the longer side 28 pixels; black beside the shorter one, white where it is transparent."""
-    images = {}
-    for path in tqdm(paths, "pictures", delay=2):
-        try:
-            image = ImageOps.exif_transpose(Image.open(root / path))
-            if image.mode.startswith("I;16"):  # PIL would make white of all above 255
-                pixels = v2.functional.pil_to_tensor(image).float() / 257
-                image = v2.functional.to_pil_image(pixels.round().byte())
-            if image.mode in ("I", "F"):
-                raise ValueError("more than 16 bits a pixel")
-            white = Image.new("RGBA", image.size, "white")
-            grey = Image.alpha_composite(white, image.convert("RGBA")).convert("L")
-            images[path] = v2.functional.pil_to_tensor(ImageOps.pad(grey, (28, 28)))
-        except Exception as error:  # noqa: BLE001  PIL raises many kinds
-            left_out["broken"].append(f"{path}: {error}")
-    pixels = torch.stack([*images.values()]) if images else torch.zeros(0, 1, 28, 28)
-    return [*images], pixels / 127.5 - 1
-
-
-def folder_images(root: Path, results: Path) -> tuple[list[Tensor], list[Tensor], list[str], dict]:
-    """As load_images, and what was left out. A class is a folder in `root`, whatever lies below.
-    To test: all in test/ or val/, or a seventh, by a hash of each path, so that no file moves."""
-    found, left_out = find_pictures(root, results)
-    tops = {path.parts[0].lower(): path.parts[0] for path in found if len(path.parts) > 1}
-    train = [tops[name] for name in ("train", "training") if name in tops]
-    test = [tops[name] for name in ("test", "testing", "val", "validation") if name in tops]
-    split = {train[0]: False, test[0]: True} if train and test else {}
-    depth = 1 if split else 0  # of the class in a path
-    inside = [path for path in found if not split or path.parts[0] in split]
-    used = [path for path in inside if len(path.parts) > depth + 1] or inside  # or none
-    left_out["beside the folders that count"] += sorted({*found} - {*used})
-    digests = {path: hashlib.sha256(os.fsencode(path.as_posix())).digest() for path in used}
-    paths, images = read_pictures(root, sorted(used, key=digests.get), left_out)  # mixed
-    named = [path.parts[depth] if len(path.parts) > depth + 1 else root.name for path in paths]
-    classes = sorted({*named}, key=lambda x: (int(x) if x.isdecimal() else math.inf, x))
-    labels = torch.tensor([classes.index(name) for name in named])
-    for_test = torch.tensor([split[path.parts[0]] if split else
-                             int.from_bytes(digests[path], "big") % 7 == 0 for path in paths])
-    n, tests = len(paths), int(for_test.sum())
-    if n < 70 or not 1 < tests < n - 9:
-        sys.exit(f"{root}: {n} pictures, {tests} of them for tests; at least 70 are needed, and 2 "
-                 f"for tests{told(left_out)}")
-    return *([images[part], labels[part]] for part in (~for_test, for_test)), classes, left_out
-
-
-def told(left_out: dict) -> str:
-    """Text like "; left out: 2 hidden (.DS_Store, ...), 1 broken (cat/5.png: ...)"."""
-    reasons = [f"{len(names)} {why} ({names[0]}{', ...' * (len(names) > 1)})"
-               for why, names in left_out.items() if names]
-    return "; left out: " + ", ".join(reasons) if reasons else ""
 
 
 def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -322,6 +238,94 @@ def recorded(function, args: argparse.Namespace, one_shape: bool = False):
     return call
 
 
+# What follows is plumbing: own pictures, options, checkpoints, pictures and times.
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+
+
+def find_pictures(root: Path, results: Path | None = None) -> tuple[list[Path], dict]:
+    """All pictures under `root`, relative to it, and what is left out, by the reason for it."""
+    found, errors, left_out, seen = [], [], defaultdict(list), {results and results.resolve()}
+    for folder, folders, files in os.walk(root, onerror=errors.append, followlinks=True):
+        hidden = [x for x in folders + files if x[0] == "." or x == "__MACOSX"]
+        folder, folders[:] = Path(folder), sorted({*folders} - {*hidden})
+        if RUN in files or folder.resolve() in seen:  # also at the end of a circle of links
+            left_out["with results, or seen before"].append(folder.relative_to(root))
+            folders.clear()
+            continue
+        seen.add(folder.resolve())
+        left_out["hidden"] += hidden
+        for path in sorted(folder / name for name in {*files} - {*hidden}):
+            picture = path.suffix.lower() in PICTURES and path.is_file()
+            (found if picture else left_out["of other kinds"]).append(path.relative_to(root))
+    left_out["not to be opened"] = [error.filename for error in errors]
+    return found, left_out
+
+
+def read_pictures(root: Path, paths: list[Path], left_out: dict) -> tuple[list[Path], Tensor]:
+    """Those paths that PIL can read, and what they show: (N, 1, 28, 28) in [-1, 1], upright, grey,
+    the longer side 28 pixels; black beside the shorter one, white where it is transparent."""
+    images = {}
+    for path in tqdm(paths, "pictures", delay=2):
+        try:
+            image = ImageOps.exif_transpose(Image.open(root / path))
+            if image.mode.startswith("I;16"):  # PIL would make white of all above 255
+                pixels = v2.functional.pil_to_tensor(image).float() / 257
+                image = v2.functional.to_pil_image(pixels.round().byte())
+            if image.mode in ("I", "F"):
+                raise ValueError("more than 16 bits a pixel")
+            white = Image.new("RGBA", image.size, "white")
+            grey = Image.alpha_composite(white, image.convert("RGBA")).convert("L")
+            images[path] = v2.functional.pil_to_tensor(ImageOps.pad(grey, (28, 28)))
+        except Exception as error:  # noqa: BLE001  PIL raises many kinds
+            left_out["broken"].append(f"{path}: {error}")
+    pixels = torch.stack([*images.values()]) if images else torch.zeros(0, 1, 28, 28)
+    return [*images], pixels / 127.5 - 1
+
+
+def folder_images(root: Path, results: Path) -> tuple[list[Tensor], list[Tensor], list[str], dict]:
+    """As load_images, and what was left out. A class is a folder in `root`, whatever lies below.
+    To test: all in test/ or val/, or a seventh, by a hash of each path, so that no file moves."""
+    found, left_out = find_pictures(root, results)
+    tops = {path.parts[0].lower(): path.parts[0] for path in found if len(path.parts) > 1}
+    train = [tops[name] for name in ("train", "training") if name in tops]
+    test = [tops[name] for name in ("test", "testing", "val", "validation") if name in tops]
+    split = {train[0]: False, test[0]: True} if train and test else {}
+    depth = 1 if split else 0  # of the class in a path
+    inside = [path for path in found if not split or path.parts[0] in split]
+    used = [path for path in inside if len(path.parts) > depth + 1] or inside  # or none
+    left_out["beside the folders that count"] += sorted({*found} - {*used})
+    digests = {path: hashlib.sha256(os.fsencode(path.as_posix())).digest() for path in used}
+    paths, images = read_pictures(root, sorted(used, key=digests.get), left_out)  # mixed
+    named = [path.parts[depth] if len(path.parts) > depth + 1 else root.name for path in paths]
+    classes = sorted({*named}, key=lambda x: (int(x) if x.isdecimal() else math.inf, x))
+    labels = torch.tensor([classes.index(name) for name in named])
+    for_test = torch.tensor([split[path.parts[0]] if split else
+                             int.from_bytes(digests[path], "big") % 7 == 0 for path in paths])
+    n, tests = len(paths), int(for_test.sum())
+    if n < 70 or not 1 < tests < n - 9:
+        sys.exit(f"{root}: {n} pictures, {tests} of them for tests; at least 70 are needed, and 2 "
+                 f"for tests{told(left_out)}")
+    return *([images[part], labels[part]] for part in (~for_test, for_test)), classes, left_out
+
+
+def told(left_out: dict) -> str:
+    """Text like "; left out: 2 hidden (.DS_Store, ...), 1 broken (cat/5.png: ...)"."""
+    reasons = [f"{len(names)} {why} ({names[0]}{', ...' * (len(names) > 1)})"
+               for why, names in left_out.items() if names]
+    return "; left out: " + ", ".join(reasons) if reasons else ""
+
+
+def test_images(args: argparse.Namespace) -> list:
+    """[images, labels, classes] to test; [] if they are not here."""
+    kind = DATASETS.get(args.dataset)
+    place = args.data_dir / kind.__name__ if kind else Path(args.dataset)
+    if args.dataset != "synthetic" and not place.is_dir():
+        return []
+    _, test, classes = load_images(args)
+    return [*test, classes]
+
+
 class Between:
     """The `choices` of an option that is a number."""
     def __init__(self, low: float, high: float = 1e9):
@@ -383,6 +387,8 @@ def parse(parser, argv: list[str] | None, tiny: dict, sampling: list[str]) -> ar
     for name in ("dataset", *state.get("network", ())):  # these cannot differ from it
         if (now := getattr(args, name, None)) != known.get(name, now):
             parser.error(f"{state['path']} has --{name} {known[name]}: train anew for {now}")
+    if known and getattr(first, "vae", None):
+        parser.error(f"{state['path']} has a VAE of its own: train anew for another --vae")
     if not (args.sample_only or args.dataset in DATASETS or Path(args.dataset).is_dir()):
         parser.error(f"--dataset {args.dataset}: neither a folder, nor {', '.join(DATASETS)}")
     return args

@@ -52,14 +52,15 @@ def table(head: list[str], lines: list[list[str]], words: int = 1) -> str:
 
 
 def scores(rows: list[dict], methods: list[str]) -> str:
-    """The table of a script; its last line is that of training digits."""
+    """The table of a script; its last lines are those of training digits."""
     mine = [row for row in rows if row.get("method") in methods]
     if not mine:
         return ""
     chosen = largest(mine, ["method", "sampler", "steps", "guidance"])
     chosen.sort(key=lambda row: methods.index(row["method"]))
-    floor = largest([row for row in rows if row.get("method") == "training images"], ["method"])
     columns, lines = [key for key in COLUMNS if any(row.get(key) for row in chosen)], []
+    kinds = ["training images", *["training images, classes alike"] * ("accuracy" in columns)]
+    floor = largest([row for row in rows if row.get("method") in kinds], ["method"])
     for row in [*chosen, *floor]:
         words = [row["method"], row["sampler"] if row["sampler"] != row["method"] else "",
                  f"{row['steps']} step{'s' * (row['steps'] != '1')}" if row["steps"] else "",

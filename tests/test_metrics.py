@@ -172,7 +172,29 @@ def test_the_floor_is_the_mean_of_ten_draws():
         real, phi[torch.randperm(200, generator=rng)[:50]]) for _ in range(10)])
     assert row["N"] == 50 and "accuracy" in row
     assert row["distance"] == pytest.approx(by_hand.mean().item())
-    assert row["error"] == pytest.approx(by_hand.std().item()) and row["error"] > 0
+    # two draws share a quarter of their images, so they differ by too little
+    assert row["error"] == pytest.approx(by_hand.std().item() / 0.75**0.5) and row["error"] > 0
+    assert compare.floor_of(Pixels(), real, phi, training, 300)["error"] is None
+
+
+def test_a_floor_can_have_as_many_of_each_class(monkeypatch):
+    real = torch.randn(300, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0] * 150 + [1] * 30 + [2] * 20)
+    phi = labels[:, None].double() + torch.zeros(200, 2, dtype=F64)  # tells the class
+
+    def drawn(n, even):
+        counts = []
+        monkeypatch.setattr(compare, "frechet_distance", lambda real, fake: counts.append(
+            fake[:, 0].long().bincount(minlength=3).tolist()) or 1.0)
+        training = {"images": flat_images([i % 256 for i in range(200)]), "labels": labels}
+        row = compare.floor_of(Pixels(), real, phi, training, n, even)
+        return row["method"], counts[:10]
+
+    method, counts = drawn(60, even=True)
+    assert method == "training images, classes alike" and counts == [[20, 20, 20]] * 10
+    assert drawn(90, even=True)[1] == [[40, 30, 20]] * 10  # there are no more of classes 1 and 2
+    method, counts = drawn(60, even=False)
+    assert method == "training images" and min(count[0] for count in counts) > 30
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +251,7 @@ def test_a_classifier_trained_on_synthetic_digits_reads_others(fast_dev):
 CLAIMS = {claim[0].split(".")[0]: claim for claim in compare.CLAIMS}
 SURE = torch.zeros(20)  # no luck in the distance
 ROW = {"method": "diffusion", "sampler": "DDIM", "steps": 100, "above": 1.2, "seconds": 1.0,
-       "N": 1000, "images_per_second": 20.0, "without": SURE}
+       "N": 1000, "images_per_second": 20.0, "without": SURE, "note": ""}
 SPREAD = torch.tensor([-0.01, 0.01] * 10)  # a standard error of 0.01 √19 = 0.0436
 DDPM = ROW | {"sampler": "DDPM", "steps": 1000}
 LATENT = ROW | {"method": "latent diffusion"}
@@ -269,26 +291,38 @@ GUIDED = [ROW | {"method": "guided diffusion", "guidance": 1, "misread": 0.02},
 ])
 def test_claims_follow_their_rules(claim, other, verdict):
     """Each about ROW, or two rows of their own; the figures are those of the two rows."""
-    name, sets, found, figures = compare.judge_claim([ROW, *other], *CLAIMS[claim])
+    name, sets, found, figures = compare.judge_claim([ROW, *other], 1000, *CLAIMS[claim])
     assert name.startswith(f"{claim}.") and " against " in sets
     assert found == verdict
-    if verdict == "not measured":
+    if "not measured" in verdict:
         assert figures.startswith("no ")
     elif claim == "1a":
         assert "1 against" in figures and f"{other[0]['seconds']}" in figures
 
 
 def test_what_a_claim_lacks_is_named():
-    def lacking(*rows):
-        found = compare.judge_claim(list(rows), *CLAIMS["1a"])
+    def lacking(claim, *rows):
+        found = compare.judge_claim(list(rows), 1000, *CLAIMS[claim])
         assert found[2] == "not measured"
         return found[3]
 
-    assert lacking() == "no diffusion DDIM 100 to compare"
-    assert lacking(ROW) == "no diffusion DDPM 1000 to compare"
+    assert lacking("1a") == "no seconds for 16 of diffusion DDIM 100"
+    assert lacking("1a", ROW) == "no seconds for 16 of diffusion DDPM 1000"
     untimed = {key: value for key, value in ROW.items() if key != "seconds"}
     for row in (untimed, ROW | {"seconds": None}):
-        assert lacking(row, DDPM) == "no seconds for 16 to compare"
+        assert lacking("1a", row, DDPM) == "no seconds for 16 of diffusion DDIM 100"
+    assert lacking("1b", ROW, DDPM | {"N": 500}) == "no above the floor of diffusion DDPM 1000"
+    assert lacking("1a", ROW, DDPM | {"note": "on a GPU"}) == "seconds for 16: of two machines"
+
+
+def test_times_compare_across_sizes_of_sets_and_distances_across_machines():
+    few = DDPM | {"N": 500, "seconds": 9.0, "above": 0.1}
+    assert compare.judge_claim([ROW, few], 1000, *CLAIMS["1a"])[2] == "faster"
+    both = [ROW, few, DDPM | {"seconds": 4.0}]  # that of 1,000 counts
+    assert compare.judge_claim(both, 1000, *CLAIMS["1a"])[2] == "not 5 times as fast"
+    gpu = LATENT | {"note": "on a GPU"}
+    found = compare.judge_claim([ROW, gpu], 1000, *CLAIMS["2"])
+    assert found[2] == "not measured, as good" and found[3].startswith("images/s: of two machines")
 
 
 def test_all_six_claims_are_judged():
@@ -301,16 +335,9 @@ def test_sets_of_the_same_noise_share_their_luck():
     flow = ROW | {"method": "rectified flow", "sampler": "Euler", "steps": 5}
     flow["without"] = 10 * SPREAD
     reflow = flow | {"method": "reflow", "steps": 1, "above": 1.19}
-    assert compare.judge_claim([flow, reflow], *CLAIMS["4a"])[2] == "better"
+    assert compare.judge_claim([flow, reflow], 1000, *CLAIMS["4a"])[2] == "better"
     reflow["without"] = 10 * SPREAD.roll(1)  # now they move apart
-    assert compare.judge_claim([flow, reflow], *CLAIMS["4a"])[2] == "open"
-
-
-def test_sets_of_another_machine_are_marked():
-    epyc, xeon = "2 cores, AMD EPYC", "2 cores, Intel Xeon"
-    rows = [{"hardware": xeon}, {"hardware": epyc}, {"hardware": epyc}, {}]
-    compare.add_notes(rows)
-    assert [row["note"] for row in rows] == [f"on {xeon}", "", "", "on an unknown machine"]
+    assert compare.judge_claim([flow, reflow], 1000, *CLAIMS["4a"])[2] == "open"
 
 
 # ------------------------------------------------------------------------------------ sets
@@ -394,7 +421,9 @@ def test_sets_of_different_size_never_share_a_table(judge, tmp_path, capsys):
     assert twenty[2]["above the floor"] == ""
     assert all(float(row["standard error"]) > 0 for row in twenty)  # of the floor: of a draw
     assert twenty[2]["Fréchet distance"] != forty[1]["Fréchet distance"]
-    assert all(row["verdict"] == "not measured" for row in [*verdicts, *more_verdicts])
+    found = {(row["claim"][:2], row["verdict"]) for row in [*verdicts, *more_verdicts]}
+    assert ("1a", "faster") in found  # 2 s against 20 s, for a time does not depend on N
+    assert {verdict[:12] for claim, verdict in found if claim != "1a"} == {"not measured"}
     plots = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert {"quality_network_calls_20.png", "quality_network_calls_40.png"} <= plots
 
@@ -405,12 +434,12 @@ def test_rows_of_equal_size_are_judged(judge, tmp_path):
     write_set(tmp_path / "runs" / "02_latent_diffusion", "latent", 20, 0.1,
               method="latent diffusion", hardware="another machine")
     scores, verdicts = tables(compared(judge, tmp_path))
-    assert [row["note" if "note" in row else "not compared:"] for row in scores] == [
-        "", "", "on another machine", ""]
+    assert [row["times"] for row in scores] == ["", "", "on another machine", ""]
     found = {row["claim"].split(".")[0]: row["verdict"] for row in verdicts}
     assert found.pop("1a") == "faster"  # 2 s against 20 s
     assert found.pop("1b") == "open"  # the same images, so few that they are below the floor
-    assert set(found.values()) == {"not measured"}
+    assert found.pop("2") == "not measured, open"  # its time is of another machine
+    assert {verdict.split(",")[0] for verdict in found.values()} == {"not measured"}
 
 
 def test_only_the_first_n_of_each_set_count_if_n_is_given(judge, tmp_path):
@@ -430,7 +459,7 @@ def test_a_floor_of_fewer_digits_than_the_set_says_so_and_guidance_may_be_none(j
 def test_without_any_sets_the_floor_stands_alone(judge, tmp_path):
     text = compared(judge, tmp_path)
     assert [row["method"] for row in tables(text)[0]] == ["training images"]
-    assert "no diffusion DDIM 100 to compare" in text
+    assert "no seconds for 16 of diffusion DDIM 100" in text
 
 
 def test_a_set_and_a_folder_of_pictures_score_alike(judge, tmp_path, capsys):

@@ -362,6 +362,9 @@ CHOICE = "invalid choice:"
     (compare, "--fast-dev --batch-size 1", "--batch-size at least 2"),
     (compare, "--dataset synthetic", "has --dataset mnist: train anew for synthetic"),
     (cfg, "--sample-only --tokens 2", "weights/03_cfg.pt has --tokens 4: train anew for 2"),
+    (drifting, "--sample-only --vae x.pt", "weights/07_drifting.pt has a VAE of its own"),
+    (drifting, "--digits 1 --vae x.pt", "weights/07_drifting.pt has a VAE of its own"),
+    (latent_flow, "--sample-only --vae x.pt", "04b_latent_rflow.pt has a VAE of its own"),
 ])
 def test_bad_options_are_usage_errors(module, typed, message, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
