@@ -152,17 +152,14 @@ def total_derivative(model, x: Tensor, t: Tensor, r: Tensor, v: Tensor) -> Tenso
 
 
 def meanflow_loss(model, x0: Tensor, x1: Tensor, t: Tensor, r: Tensor, equal: int = 0) -> Tensor:
-    """The loss above: Geng et al. 2025, Eq. 9 to 11, without weight, and with the network's v in du/dt.
-
-    x0 (noise) and x1 (data): (B, 1, H, W); t <= r: (B,) in [0, 1], with r = t for the first
-    `equal`."""
+    """The loss above: Geng et al. 2025, Eq. 9 to 11, but with the network's v in du/dt.
+    x0 (noise) and x1 (data): (B, 1, H, W); t <= r: (B,) in [0, 1], r = t for the first `equal`."""
     t_, gap = t.view(-1, 1, 1, 1), (r - t).view(-1, 1, 1, 1)  # one for each image
     x_t, target = (1 - t_) * x0 + t_ * x1, x1 - x0
-    if equal < len(t):  # there are images with t < r; for all others the gap is 0
-        with torch.no_grad():
-            x, t_rest = x_t[equal:], t[equal:]
-            v = model(x, t_rest)
-            target[equal:] += gap[equal:] * total_derivative(model, x, t_rest, r[equal:], v)
+    with torch.no_grad():
+        x, t_rest = x_t[equal:], t[equal:]  # of images with t < r; for all others the gap is 0
+        v = model(x, t_rest)
+        target[equal:] += gap[equal:] * total_derivative(model, x, t_rest, r[equal:], v)
     return F.mse_loss(model(x_t, t, r), target)
 
 
