@@ -40,6 +40,7 @@ import time
 from pathlib import Path
 
 import torch
+from matplotlib import figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -259,19 +260,18 @@ def draw_nearest(args, net, vae, mu: Tensor, images: Tensor, classes: list[str])
 
 
 def draw_toy(args) -> None:
-    names = ["first", "after 1/16", "after 1/4", f"after {args.toy_steps} steps", "data"]
-    shots = [*toy(args.toy_steps), toy_data(1000)]
-    lines = {name: (shots[i] + torch.tensor([3.0 * i, 0])).tolist()  # side by side
-             for i, name in enumerate(names)}
-    common.save_plot(args.out_dir / "toy.png", lines, ",", aspect="equal",
-                     title="Points in a plane drift to the data, from left to right")
+    names = ["at first", "after 1/16", "after 1/4", f"after {args.toy_steps} steps", "data"]
+    picture, clouds = figure.Figure(figsize=(10, 2.2)), [*toy(args.toy_steps), toy_data(1000)]
+    for axes, name, cloud in zip(picture.subplots(1, 5), names, clouds):
+        axes.scatter(*cloud.T, s=1)
+        axes.set(title=name, aspect="equal", xticks=[], yticks=[], xlim=(-2, 2), ylim=(-2, 2))
+    picture.savefig(args.out_dir / "toy.png", bbox_inches="tight")
 
 
 @torch.no_grad()
 def make_figures(args, drifting: nn.Module, vae: nn.Module) -> None:
     """16 images by one call: pictures, timings, sets for 05."""
     net, names = common.recorded(drifting, args), common.load_checkpoint(args)["classes"]
-
     if args.digits:
         labels = torch.tensor(args.digits, device=args.device)
         images = vae.to_images(sample(net, common.noise(args, len(labels), 64), labels))

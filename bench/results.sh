@@ -55,4 +55,9 @@ for old in assets/0*; do # assets/01_path.gif is runs/results/01_ddpm_ddim/path.
         fi
     done
 done
+if [ "${1-}" = --dry-run ]; then
+    "$python" bench/pictures.py "$out" "$out"
+else
+    "$python" bench/pictures.py "$out" assets # those with many samplers: fewer rows, and distances
+fi
 echo "all is done: $out/results.md"

@@ -242,3 +242,29 @@ def test_how_near_copies_come(bench):
     cloud = torch.tensor([[0.0, 0.0], [0.0, 100.0]])
     points = torch.stack([torch.arange(21.0), torch.arange(21) % 2 * 100.0], dim=1)
     assert bench("copies").nearest(points, cloud) == pytest.approx((10, 1))
+
+
+def test_pictures_of_sets_say_their_distance(bench, run, tmp_path, monkeypatch):
+    """Rows in their order, with the distance of the largest set; those that lack are left out."""
+    pictures, drawn = bench("pictures"), []
+    rows = sets(compare.table, "1,000", [["reflow", "Euler", "1", "0.9", "0.7"],
+                                         ["rectified flow", "Euler", "100", "0.5", "0.3"]], [])
+    rows = sets(compare.table, "5,000", [["reflow", "Euler", "1", "0.8", "0.75"]], []) + rows
+    (tmp_path / "results.md").write_text(rows, encoding="utf-8")
+    (tmp_path / "04_rectified_flow").mkdir()
+    for name, method, steps in (("reflow_Euler_1_step", "reflow", 1),
+                                ("rectified_flow_Euler_100_steps", "rectified flow", 100),
+                                ("rectified_flow_Euler_5_steps", "rectified flow", 5)):
+        made = {"name": f"{method}, {steps}", "method": method, "sampler": "Euler", "steps": steps,
+                "images": torch.full((20, 1, 28, 28), steps).byte(),
+                "args": {"dataset": "synthetic"}}
+        torch.save(made, tmp_path / "04_rectified_flow" / f"eval_{name}.pt")
+    monkeypatch.setattr(common, "save_grid", lambda *given: drawn.append(given))
+    monkeypatch.setattr(sys, "argv", ["pictures.py", str(tmp_path), str(tmp_path)])
+    pictures.main()
+    (images, path, _, columns, labels), = drawn  # all other pictures have no sets
+    assert path == tmp_path / "04_samples.png" and columns == 10
+    assert labels == ["rectified flow, 5", "rectified flow, 100\ndistance 0.3 (N = 1,000)",
+                      "reflow, 1\ndistance 0.75", "test digits"]
+    shades = ((images + 1) * 127.5).round()
+    assert [int(shades[row * 10].max()) for row in range(3)] == [5, 100, 1] and len(images) == 40
