@@ -1,6 +1,7 @@
 """What 05 measures: distances and shares by hand, verdicts, tables, and the sets it reads."""
 
 import argparse
+
 import pytest
 import torch
 from scripts import ROOT, compare, one_line, options
