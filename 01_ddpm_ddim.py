@@ -41,8 +41,8 @@ v. Ho et al. predict ε; then x̂_0 needs a division by √ᾱ_t, and at t = T, 
 for more than theirs.
 
 It learns in batches of 128 by Muon (convolutions with 16 channels or more: rate 0.007, weight
-decay 0.1) and AdamW (all else: 0.0007, 0.01). The rates rise for 200 steps and then fall to
-0. To sample, we take an average of the weights. See fit().
+decay 0.1) and AdamW (all else: 0.0007, 0.01). The rates rise for 200 steps, and fall linearly
+to 0 at the end. To sample, we take an average of the weights. See fit().
 
     python 01_ddpm_ddim.py                              40 epochs, for a GPU
     python 01_ddpm_ddim.py --epochs 5 --batch-size 64   300,000 images, for a CPU

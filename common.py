@@ -85,7 +85,8 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each pixel of (B, C, H, W) attends to all pixels, or to tokens (B, L, c_context)."""
+    """Each pixel of (B, C, H, W) attends to all pixels, or to tokens (B, L, c_context). (torch's
+    own attention has no forward derivative on a CPU, which 06 needs: findings/.)"""
     def __init__(self, channels: int, c_context: int | None = None):
         super().__init__()
         self.norm = GroupNorm(8, channels)
@@ -138,7 +139,8 @@ def torchvision_set(args: argparse.Namespace, train: bool):
     with one_line_error(f"no {args.dataset} in {args.data_dir}; try --dataset synthetic"):
         for file in folder.glob("raw/*-ubyte"):  # sizes, four bytes each, then numbers
             data = file.read_bytes()
-            sizes = [int.from_bytes(data[4 * i :][:4], "big") for i in range(1, 1 + sum(data[3:4]))]
+            ends = range(8, 8 + 4 * sum(data[3:4]), 4)  # byte 3 says how many sizes there are
+            sizes = [int.from_bytes(data[end - 4 : end], "big") for end in ends]
             if len(data) != 4 + 4 * len(sizes) + math.prod(sizes):
                 sys.exit(f"{file} is broken: delete it")
         if not folder.exists():  # all or nothing, as another run may want it, too
@@ -169,8 +171,9 @@ def synthetic_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan 2024), for convolutions: if the mean of recent gradients, as a matrix with a
-    row for each index of dimension 0, is U S Vᵀ (an SVD), the step is about lr U Vᵀ. (That of torch
-    takes matrices alone and reads the rate on the CPU: pytorch's pull requests 180561, 187133.)"""
+    row for each index of dimension 0, is U S Vᵀ (an SVD), the step is about lr U Vᵀ. (Left out:
+    Nesterov's momentum, longer steps for tall matrices. That of torch takes matrices alone and
+    reads the rate on the CPU: pytorch's pull requests 180561, 187133.)"""
     def __init__(self, weights: list, lr: float | Tensor, momentum=0.95, weight_decay=0.1):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([{"params": weights}], defaults)
@@ -190,14 +193,15 @@ class Muon(torch.optim.Optimizer):
                 means.append(mean.flatten(1))  # (rows, all else)
             widest = max(mean.shape[1] for mean in means)
             x = torch.stack([F.pad(mean, (0, widest - mean.shape[1])) for mean in means])
-            x = F.normalize(x, dim=(1, 2))  # no singular value above 1
-            # Newton and Schulz: x becomes p x, five times, and then has singular values near 1.
-            # p comes from the small matrix x xᵀ alone, which becomes p x xᵀ p. So we multiply the
-            # p first and x once, at the end: that saves a third of the time of 02 on a CPU.
-            gram, eye = x @ x.mT, torch.eye(rows, device=x.device)
-            q, a = eye, 3.4445 * eye
+            x = F.normalize(x, dim=(1, 2))  # Frobenius norm 1: no singular value above 1
+            # Newton and Schulz, five times: x becomes 3.4445 x - 4.775 (x xᵀ) x + 2.0315 (x xᵀ)² x
+            # = p x. Singular values between 0.002 and 1 end between 0.68 and 1.2. p depends on x xᵀ
+            # alone, which becomes p x xᵀ p. So we multiply the small p first, and x once, at the
+            # end: that saves a third of the time of 02 on a CPU.
+            gram, q = x @ x.mT, torch.eye(rows, device=x.device)
+            first = 3.4445 * q
             for _ in range(5):
-                p = a - 4.775 * gram + 2.0315 * gram @ gram
+                p = first - 4.775 * gram + 2.0315 * gram @ gram
                 q, gram = p @ q, p @ gram @ p
             x = q @ x
             for w, step in zip(batch, group["lr"] * x):
@@ -205,15 +209,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def recorded(function, args: argparse.Namespace, one_shape: bool = False):
-    """`function`; but on CUDA the fourth call (for each shape of inputs) is recorded as a graph,
-    which later calls replay, since Python takes longer to start our layers than a GPU to run them.
+    """`function`; but on CUDA the fourth call (for each shape of inputs) is recorded as a graph and
+    replayed, as are all later ones, since Python takes longer to start our layers than a GPU to
+    run them. (In the first three, libraries and optimizers allocate what they need.)
 
-    A replay repeats the work of the GPU, and no Python. So a print or a counter in `function`
-    would run four times, and a number keeps its value: what changes must be a tensor (also the
-    rate of an optimizer, with fused=True or capturable=True). An `if` on a tensor, .item() or a
-    tensor from the CPU is an error. The code that calls it may do all that. Inputs of other
-    shapes get other graphs, or with `one_shape` an error. --no-graphs switches it off.
-    """
+    `function` takes tensors, and returns one or several. A replay repeats the work of the GPU, and
+    no Python. So a print or a counter in it would run four times, and a number keeps its value:
+    what changes must be a tensor on the GPU (also the rate of an optimizer, with fused=True or
+    capturable=True). An `if` on a tensor, .item() or a copy from the CPU is an error. The code
+    that calls it may do all that. Inputs of other shapes get other graphs, or with `one_shape`,
+    for a training step, an error. --no-graphs switches it off."""
     if args.device != "cuda" or args.no_graphs:
         return function
     calls, graphs = Counter(), {}
@@ -517,7 +522,8 @@ def restore(state: dict, name: str, epochs: int, learned: list) -> int:
     done, order = len(stage["epochs"]), [*stages]
     if done >= epochs:
         say(f"{name}: nothing to train, {done} epochs of {epochs} are done")
-    for later in order[order.index(name) + 1 :] if done < epochs else ():
+        return done
+    for later in order[order.index(name) + 1 :]:
         del stages[later]
     return done
 
@@ -533,7 +539,8 @@ def test_loss(loss, model: nn.Module, images: list[Tensor]) -> float:
 
 def keep_epoch(args, state, name, learned, losses, chosen, start, loss, test, draw) -> None:
     """What an epoch of stage `name` came to: checkpoint, metrics.jsonl and pictures."""
-    mean, seconds = torch.stack(losses).mean().item(), time.perf_counter() - start
+    mean = torch.stack(losses).mean().item()  # waits for the GPU
+    seconds = time.perf_counter() - start
     if not mean < 1e9:  # it may be infinite, or no number
         sys.exit(f"the loss became {mean}: try a lower --lr (the checkpoint is kept)")
     stage, ema = state["stages"][name], learned[0]
@@ -574,7 +581,8 @@ def origin(args: argparse.Namespace) -> dict:
     cpu = f"{torch.get_num_threads()} cores with {torch.backends.cpu.get_cpu_capability()}"
     options = {k: v for k, v in vars(args).items() if type(v) in (int, float, str)}
     del options["script"], options["device"]
-    return {"script": args.script, "args": options | {"fast_dev": args.fast_dev},
+    options |= {"fast_dev": args.fast_dev, "no_bf16": args.no_bf16}
+    return {"script": args.script, "args": options,
             "torch": str(torch.__version__), "device": args.device,
             "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu}
 
@@ -591,17 +599,17 @@ def kept_pairs(args: argparse.Namespace, flow: nn.Module, make) -> tuple[Tensor,
     another flow are not taken, and no other files but those are removed.
     """
     weights = b"".join(x.cpu().numpy().tobytes() for x in flow.state_dict().values())
-    origin, folder = hashlib.sha256(weights).hexdigest()[:8], args.out_dir / "pairs"
+    digest, folder = hashlib.sha256(weights).hexdigest()[:8], args.out_dir / "pairs"
     with one_line_error(f"{folder} cannot be made", OSError):
         folder.mkdir(exist_ok=True)
     for old in folder.glob("pairs_*_by_*_AB2_of_????????.pt"):
-        if not old.stem.endswith(origin) and not folder.is_symlink():
+        if not old.stem.endswith(digest) and not folder.is_symlink():
             old.unlink()
     parts, size, tests = [], min(1000, args.pairs), min(2000, args.pairs)
     for start in tqdm(range(0, args.pairs + tests, size), "pairs, in thousands"):
-        path = folder / f"pairs_{start}_to_{start + size}_by_{args.pair_steps}_AB2_of_{origin}.pt"
+        path = folder / f"pairs_{start}_to_{start + size}_by_{args.pair_steps}_AB2_of_{digest}.pt"
         if not path.exists():
-            rng = torch.Generator().manual_seed(int(origin, 16) + start)  # no flow has this noise
+            rng = torch.Generator().manual_seed(int(digest, 16) + start)  # no flow has this noise
             save(path, torch.stack(make(size, rng)).half().cpu())
         with one_line_error(f"{path} is broken: delete it, and --resume"):
             parts.append(torch.load(path, map_location=args.device, weights_only=True))

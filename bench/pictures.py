@@ -4,7 +4,8 @@
 
 A row has the first ten images of a set, and its distance above the floor. The sets of a script
 have the same noise, image by image, and so have those of 04b, 06 and 07. A set that is not there
-has no row, and a picture of fewer than two sets is not drawn.
+has no row, and a picture of fewer than two sets is not drawn. 01_64_digits.png has the first 64
+of DDIM-100, to count those that a person can read.
 """
 
 import importlib
@@ -74,6 +75,12 @@ def main() -> None:
             _, (test, _), _ = common.load_images(args)
             draw(target / name, title, sets, rows, common.to_uint8(test[:10]))
             print(target / name)
+    path = source / "01_ddpm_ddim" / "eval_DDIM_100_steps.pt"
+    if path.exists():
+        digits = torch.load(path, weights_only=True)["images"][:64]
+        title = "64 digits of 01 by DDIM, 100 steps: the first that it drew"
+        common.save_grid(digits / 127.5 - 1, target / "01_64_digits.png", title, 16)
+        print(target / "01_64_digits.png")
 
 
 if __name__ == "__main__":

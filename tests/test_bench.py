@@ -259,10 +259,15 @@ def test_pictures_of_sets_say_their_distance(bench, run, tmp_path, monkeypatch):
                 "images": torch.full((20, 1, 28, 28), steps).byte(),
                 "args": {"dataset": "synthetic"}}
         torch.save(made, tmp_path / "04_rectified_flow" / f"eval_{name}.pt")
+    (tmp_path / "01_ddpm_ddim").mkdir()
+    many = torch.arange(100).byte().view(100, 1, 1, 1).expand(-1, 1, 28, 28)
+    torch.save(made | {"images": many}, tmp_path / "01_ddpm_ddim" / "eval_DDIM_100_steps.pt")
     monkeypatch.setattr(common, "save_grid", lambda *given: drawn.append(given))
     monkeypatch.setattr(sys, "argv", ["pictures.py", str(tmp_path), str(tmp_path)])
     pictures.main()
-    (images, path, _, columns, labels), = drawn  # all other pictures have no sets
+    (images, path, _, columns, labels), (first, place, _, wide) = drawn  # no sets for others
+    assert place == tmp_path / "01_64_digits.png" and wide == 16
+    assert torch.equal(common.to_uint8(first), many[:64])
     assert path == tmp_path / "04_samples.png" and columns == 10
     assert labels == ["rectified flow, 5", "rectified flow, 100\ndistance 0.3 (N = 1,000)",
                       "reflow, 1\ndistance 0.75", "test digits"]

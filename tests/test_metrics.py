@@ -1,5 +1,7 @@
 """What 05 measures: distances and shares by hand, verdicts, tables, and the sets it reads."""
 
+import argparse
+
 import pytest
 import torch
 from scripts import ROOT, compare, one_line, options
@@ -440,6 +442,29 @@ def test_rows_of_equal_size_are_judged(judge, tmp_path):
     assert found.pop("1b") == "open"  # the same images, so few that they are below the floor
     assert found.pop("2") == "not measured, open"  # its time is of another machine
     assert {verdict.split(",")[0] for verdict in found.values()} == {"not measured"}
+
+
+def test_a_set_with_as_many_of_each_class_has_a_floor_of_its_own(judge, tmp_path):
+    write_set(tmp_path / "runs" / "01_ddpm_ddim", "DDIM", 20, 2.0, seed=3)
+    write_set(tmp_path / "runs" / "07_drifting", "drifting", 20, 2.0, seed=4, method="drifting",
+              classes=10)
+    scores, _ = tables(compared(judge, tmp_path))
+    found = {row["method"]: row for row in scores}
+    number = lambda method, key: float(found[method][key])
+    for method, floor in (("diffusion", "training images"),
+                          ("drifting", "training images, classes alike")):
+        above = number(method, "Fréchet distance") - number(floor, "Fréchet distance")
+        assert number(method, "above the floor") == pytest.approx(above, rel=0.02)
+
+
+def test_times_of_another_machine_are_not_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar",
+                        lambda axes, x, y, *rest, **how: drawn.append((x, y)))
+    rows = [ROW | {"network_calls": 100, "distance": 2.0},
+            LATENT | {"network_calls": 50, "distance": 3.0, "note": "on a GPU"}]
+    compare.draw(argparse.Namespace(out_dir=tmp_path), 1000, rows, floor=1.0)
+    assert drawn == [([100], [2.0]), ([50], [3.0]), ([1.0], [2.0])]  # by calls, by seconds
 
 
 def test_only_the_first_n_of_each_set_count_if_n_is_given(judge, tmp_path):

@@ -203,7 +203,7 @@ def test_shipped_weights_are_of_the_default_command(module):
     """The others follow when they are trained anew (RESULTS.md says what made them)."""
     made = load(ROOT / "weights" / f"{module.__name__}.pt")["args"]
     defaults = common.origin(module.parse_args(["--device", "cpu"]))["args"]
-    assert made | {"eval_samples": 0} == defaults
+    assert {"no_bf16": False} | made | {"eval_samples": 0} == defaults  # most do not tell that
 
 
 def test_the_shipped_weights_of_03_draw_the_digits_that_are_asked_for(judge):
@@ -413,6 +413,13 @@ def test_what_is_typed_wins_over_fast_dev_and_the_checkpoint(good_checkpoint):
         assert args.dataset == "synthetic" and args.fast_dev
         args = ddpm.parse_args([*typed, "--epochs", "40", "--width", "8", "--seed", "1"])
         assert (args.epochs, args.timesteps, args.train_images, args.seed) == (40, 20, 24, 1)
+
+
+@pytest.mark.parametrize("how", [[], ["--no-bf16"]])
+def test_a_resumed_run_computes_as_it_began(how, tmp_path):
+    typed = ["--device", "cpu", "--out-dir", str(tmp_path)]
+    train(ddpm, tmp_path, "--fast-dev", *TINY, *SHORT, *how)
+    assert ddpm.parse_args([*typed, "--resume"]).no_bf16 == bool(how)
 
 
 @pytest.mark.parametrize("small", [[], ["--fast-dev"]])
