@@ -85,8 +85,8 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each pixel of (B, C, H, W) attends to all pixels, or to tokens (B, L, c_context). (torch's
-    own attention has no forward derivative on a CPU, which 06 needs: findings/.)"""
+    """Each pixel of (B, C, H, W) attends to all pixels, or to tokens (B, L, c_context).
+    (Written out, since torch's own has no forward derivative on a CPU: 06 needs one.)"""
     def __init__(self, channels: int, c_context: int | None = None):
         super().__init__()
         self.norm = GroupNorm(8, channels)
@@ -209,16 +209,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def recorded(function, args: argparse.Namespace, one_shape: bool = False):
-    """`function`; but on CUDA the fourth call (for each shape of inputs) is recorded as a graph and
-    replayed, as are all later ones, since Python takes longer to start our layers than a GPU to
-    run them. (In the first three, libraries and optimizers allocate what they need.)
+    """`function`; but on CUDA the fourth call (for each shape of inputs) is recorded as a graph,
+    and replayed from then on, since Python takes longer to start our layers than a GPU to run
+    them. (In the first three, libraries and optimizers allocate what they need.)
 
-    `function` takes tensors, and returns one or several. A replay repeats the work of the GPU, and
-    no Python. So a print or a counter in it would run four times, and a number keeps its value:
-    what changes must be a tensor on the GPU (also the rate of an optimizer, with fused=True or
-    capturable=True). An `if` on a tensor, .item() or a copy from the CPU is an error. The code
-    that calls it may do all that. Inputs of other shapes get other graphs, or with `one_shape`,
-    for a training step, an error. --no-graphs switches it off."""
+    `function` takes tensors, and returns one or several. A replay repeats the work of the GPU,
+    and no Python. So a print or a counter in it would run four times, and a number keeps its
+    value: what changes must be a tensor on the GPU (also the rate of an optimizer, with
+    fused=True or capturable=True). An `if` on a tensor, .item() or a copy from the CPU is an
+    error. The code that calls it may do all that. Inputs of other shapes get other graphs, or
+    with `one_shape`, for a training step, an error. --no-graphs switches it off."""
     if args.device != "cuda" or args.no_graphs:
         return function
     calls, graphs = Counter(), {}
