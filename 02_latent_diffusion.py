@@ -332,7 +332,7 @@ def draw_vae(args, vae: VAE, x: Tensor, labels: Tensor, classes: list[str]) -> N
     """Test images through the VAE: reconstructions, and a map of their means µ."""
     mu, _ = encode_all(vae, x)
     common.save_grid(torch.cat([x[:10], vae.decode(mu[:10])]), args.out_dir / "samples_vae.png",
-                     "Through the VAE", 10, ["test images", "reconstructions"])
+                     "Through the VAE", len(x[:10]), ["test images", "reconstructions"])
     unit = torch.eye(64, device=x.device)  # 64 steps along z, a gap, 64 along z R
     steps = [unit.view(8, 8, 64), 0 * unit[:8, None], vae.R.T.reshape(8, 8, 64)]
     ends = mu.mean(0) + 2 * torch.cat(steps, dim=1).flatten(0, 1)

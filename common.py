@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-os.environ.pop("MPLBACKEND", None)  # a notebook's may be unknown here; no windows
+backend = os.environ.pop("MPLBACKEND", None)  # a notebook's may be unknown, an error at import
 import matplotlib
 import torch
 from matplotlib import colormaps, figure, get_data_path
@@ -30,6 +30,8 @@ from torchvision import datasets, utils
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+with suppress(ValueError):  # so the pictures of a notebook still appear there
+    matplotlib.rcParams.update({"backend": backend} if backend else {})
 WEIGHTS = Path(__file__).parent / "weights"  # what is shipped
 
 
@@ -46,7 +48,7 @@ def in_bfloat16(forward):
     averages, and what samplers add up. --no-bf16 switches it off."""
     @functools.wraps(forward)
     def wrapped(self, x: Tensor, *rest: Tensor, **named: Tensor) -> Tensor:
-        fast = x.is_cuda and torch.is_grad_enabled()
+        fast = x.is_cuda and torch.is_grad_enabled() and next(self.parameters()).requires_grad
         if x.is_cpu:
             fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
         if not fast or not in_bfloat16.allowed:
@@ -275,7 +277,7 @@ def read_pictures(root: Path, paths: list[Path], left_out: dict) -> tuple[list[P
         try:
             image = ImageOps.exif_transpose(Image.open(root / path))
             if image.mode.startswith("I;16"):  # PIL would make white of all above 255
-                pixels = v2.functional.pil_to_tensor(image).float() / 257
+                pixels = v2.functional.pil_to_tensor(image.convert("I")).float() / 257
                 image = v2.functional.to_pil_image(pixels.round().byte())
             if image.mode in ("I", "F"):
                 raise ValueError("more than 16 bits a pixel")
@@ -554,6 +556,8 @@ def keep_epoch(args, state, name, learned, losses, chosen, start, loss, test, dr
     lines = "".join(json.dumps(line) + "\n" for line in history(state))
     save(args.out_dir / "metrics.jsonl", lines)
     save(args.out_dir / "checkpoint.pt", state | origin(args))
+    for old in args.out_dir.glob("eval_*.pt"):  # sets of what the network was before
+        old.unlink()
     if seconds > 20:  # of a shorter epoch, pictures would take too large a share
         draw_progress(args.out_dir, state)
 
@@ -679,9 +683,10 @@ def draw_progress(folder: Path, state: dict) -> None:
 
 
 def time_draw(args, draw, noise: Tensor) -> tuple[Tensor, float]:
-    """Images and seconds: the median after a first run, of three or as many as are quick."""
+    """Images and seconds: the median after a first run, of as many as are quick."""
     seconds, limit = [], 0 if args.fast_dev else 2
-    while not seconds or (len(seconds) < 4 and (noise.is_cuda or sum(seconds) < limit)):
+    least, most = (4, 9) if noise.is_cuda else (1, 4)  # a GPU records the fourth call
+    while len(seconds) < least or (len(seconds) < most and sum(seconds) < limit):
         start = time.perf_counter()
         images = draw(noise, torch.Generator(noise.device).manual_seed(args.seed + 1))
         images.sum().item()  # waits for the device

@@ -37,6 +37,8 @@ def main() -> None:
         with common.one_line_error(f"{path} is not a checkpoint"):
             state = torch.load(path, map_location="cpu", weights_only=True)
             made = args.to / ("checkpoint.pt" if args.back else f"{state['script']}.pt")
+            if args.back and made.exists():
+                sys.exit(f"{made} exists already: choose another folder")
             for stage in state["stages"].values():
                 average = cast(stage["learned"][0], torch.float if args.back else torch.half)
                 # back: the average and the model; an optimizer without an entry starts anew

@@ -73,7 +73,9 @@ stage machine "$python" bench/gpu_table.py --describe "$device"
 for script in ${SCRIPTS:-04_rectified_flow 06_meanflow 02_latent_diffusion 04b_latent_rflow \
     07_drifting 01_ddpm_ddim 03_cfg}; do
     more=() vae=$out/02_latent_diffusion/checkpoint.pt
-    case $script in 04b* | 07*) [ -e "$vae" ] && more=(--vae "$vae") ;; esac
+    case $script in 04b* | 07*) # a checkpoint of these holds the VAE
+        [ -e "$vae" ] && [ ! -e "$out/$script/checkpoint.pt" ] && more=(--vae "$vae") ;;
+    esac
     run "$script" "${more[@]}"
     if [ -e "$out/$script.seconds" ] && [ ! -e "$out/$script.tgz" ]; then
         "$python" bench/export_weights.py "$out/$script/checkpoint.pt" --to "$out/weights" &&

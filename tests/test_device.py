@@ -165,8 +165,10 @@ def test_on_a_gpu_training_is_in_bfloat16_and_sampling_is_not(cuda, monkeypatch)
     outputs = [model(x, t)]
     with torch.no_grad():
         outputs.append(model(x, t))
-    assert seen == [torch.bfloat16, torch.float32]
-    assert [v.dtype for v in outputs] == [torch.float32] * 2
+    model.requires_grad_(False)  # as common.load gives it
+    outputs.append(model(x, t))
+    assert seen == [torch.bfloat16, torch.float32, torch.float32]
+    assert [v.dtype for v in outputs] == [torch.float32] * 3
 
 
 def test_another_device_leaves_the_function_alone(tmp_path):

@@ -268,21 +268,24 @@ def test_resume_of_what_is_done_says_so(tmp_path, capsys):
 # ----------------------------------------------------------------------------- 05, and pictures
 
 
-@pytest.mark.parametrize("kind", ["8 bits", "16 bits", "ink on nothing", "colour", "webp"])
+@pytest.mark.parametrize("kind", ["8 bits", "16 bits", "16 bits, high byte first",
+                                  "ink on nothing", "colour", "webp"])
 def test_05_reads_folders_by_the_rules_of_training(kind, tmp_path):
     digits, _ = common.synthetic_digits(80, seed=3)
     pixels = common.to_uint8(digits)[:, 0]
     (tmp_path / "digits").mkdir()
     for i, one in enumerate(pixels):
         image = Image.fromarray(one.numpy())
-        if kind == "16 bits":
+        if kind.startswith("16 bits"):
             image = Image.fromarray((one.int() * 257).to(torch.uint16).numpy())
+        if kind.endswith("high byte first"):  # as many scanners write TIFF
+            image = Image.frombytes("I;16B", (28, 28), (one.int() * 257).numpy().astype(">u2"))
         if kind == "ink on nothing":  # black, as opaque as the digit is black
             black = Image.new("L", (28, 28))
             image = Image.merge("LA", [black, Image.eval(image, lambda x: 255 - x)])
         if kind == "colour":
             image = image.convert("RGB")
-        ending = "webp" if kind == "webp" else "PNG"
+        ending = {"webp": "webp", "16 bits, high byte first": "tif"}.get(kind, "PNG")
         image.save(tmp_path / "digits" / f"{i:02}.{ending}", lossless=True)
     scored = compare.load_set(tmp_path / "digits", 1000)["images"]
     order = lambda images: sorted(images.flatten(1).tolist())  # 05 mixes them
@@ -353,6 +356,14 @@ common.run(main)"""
                           capture_output=True)
     assert (done.stdout, done.stderr, done.returncode) == ("caf? ?\n", "", 0)
     assert (tmp_path / "a.md").read_bytes() == "café ≤".encode()
+
+
+def test_an_import_leaves_the_backend_of_matplotlib(tmp_path):
+    """That of a notebook, whose pictures would not appear otherwise; here svg."""
+    code = "import common, matplotlib.pyplot as plt; print(plt.get_backend())"
+    shown = subprocess.run([sys.executable, "-c", code], text=True, check=True, cwd=ROOT,
+                           env=os.environ | {"MPLBACKEND": "svg"}, capture_output=True).stdout
+    assert shown == "svg\n"
 
 
 def test_python_O_changes_nothing():

@@ -1014,6 +1014,31 @@ def test_pairs_are_those_of_the_flow_wherever_they_lie(tmp_path):
         assert torch.equal(part, again)
 
 
+@pytest.mark.parametrize("n", [4, 30])
+def test_images_stand_above_their_reconstructions(n, tmp_path, monkeypatch):
+    grids = {}
+    monkeypatch.setattr(common, "save_grid", lambda images, path, title, columns, *names: (
+        grids.update({path.name: (len(images), columns)})))
+    images, labels = common.synthetic_digits(n, seed=0)
+    args = SimpleNamespace(out_dir=tmp_path)
+    latent.draw_vae(args, latent.VAE().eval(), images, labels, [*"0123456789"])
+    assert grids["samples_vae.png"] == (2 * min(n, 10), min(n, 10))
+
+
+def test_sets_of_a_network_that_trains_on_are_gone(tmp_path):
+    """05 would take them for those of the new weights."""
+    again = ["--device", "cpu", "--out-dir", str(tmp_path), "--resume"]
+    steps = ["--ddim-steps", "2", "--ddim-sweep", "1", "--eval-samples", "5"]
+    args = ddpm.parse_args([*again[:-1], "--fast-dev", *TINY, *SHORT, *steps])
+    ddpm.make_figures(args, **ddpm.train(args))
+    assert len([*tmp_path.glob("eval_*.pt")]) == 3
+    (tmp_path / "evaluation.pt").touch()  # not ours
+    ddpm.train(ddpm.parse_args(again))  # nothing to train
+    assert len([*tmp_path.glob("eval_*.pt")]) == 3
+    ddpm.train(ddpm.parse_args([*again, "--epochs", "3"]))
+    assert not [*tmp_path.glob("eval_*.pt")] and (tmp_path / "evaluation.pt").exists()
+
+
 def test_pairs_are_made_anew_for_shipped_weights_that_train_on(tmp_path, monkeypatch):
     """bench/export_weights.py and back, and --resume with more epochs where old pairs lie."""
     run, back = tmp_path / "run", tmp_path / "back"
@@ -1021,6 +1046,8 @@ def test_pairs_are_made_anew_for_shipped_weights_that_train_on(tmp_path, monkeyp
     for typed in ([run / "checkpoint.pt", "--to", tmp_path],
                   ["--back", tmp_path / "04b_latent_rflow.pt", "--to", back]):
         monkeypatch.setattr(sys, "argv", ["export_weights.py", *map(str, typed)])
+        runpy.run_path(str(ROOT / "bench" / "export_weights.py"), run_name="__main__")
+    with pytest.raises(SystemExit, match="checkpoint.pt exists already"):
         runpy.run_path(str(ROOT / "bench" / "export_weights.py"), run_name="__main__")
     shutil.copytree(run / "pairs", back / "pairs")
     old = {path.name for path in (run / "pairs").iterdir()}
@@ -1168,6 +1195,7 @@ class FakeClock:
     (True, False, [60, 1, 3, 2], 4, 2),  # the first run warms up, and may record a graph
     (True, False, [1, 7, 7, 7], 4, 7),
     (True, True, [0.5, 0.1, 0.9, 0.3], 4, 0.3),
+    (True, False, [0.5, 0.2, 0.2, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1], 9, 0.1),  # the fourth records
 ])
 def test_a_slow_first_run_does_not_count(gpu, fast, seconds, runs, expected, monkeypatch):
     clock = FakeClock(monkeypatch, *seconds)
