@@ -70,10 +70,10 @@ run() { # a script, with further options: from its checkpoint, if there is one
 
 stage machine "$python" bench/gpu_table.py --describe "$device"
 [ -e "$out/machine.seconds" ] || [ "$end" = 0 ] || exit 1 # no such device, or no such interpreter
-for script in ${SCRIPTS:-04_rectified_flow 06_meanflow 02_latent_diffusion 04b_latent_rflow \
+for script in ${SCRIPTS:-04_rectified_flow 02_latent_diffusion 04b_latent_rflow 06_meanflow \
     07_drifting 01_ddpm_ddim 03_cfg}; do
     more=() vae=$out/02_latent_diffusion/checkpoint.pt
-    case $script in 04b* | 07*) # a checkpoint of these holds the VAE
+    case $script in 04b* | 06* | 07*) # a checkpoint of these holds the VAE
         [ -e "$vae" ] && [ ! -e "$out/$script/checkpoint.pt" ] && more=(--vae "$vae") ;;
     esac
     run "$script" "${more[@]}"
