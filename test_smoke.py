@@ -20,7 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).parent
 STAGES = {"01_ddpm_ddim": ["diffusion"], "02_latent_diffusion": ["vae", "diffusion"],
           "03_cfg": ["diffusion"], "04_rectified_flow": ["flow", "reflow"],
-          "04b_latent_rflow": ["flow", "reflow"], "06_meanflow": ["flow", "meanflow"],
+          "04b_latent_rflow": ["flow", "reflow"], "06_meanflow": ["meanflow"],
           "07_drifting": ["drifting"]}
 FOREVER = 1800  # seconds: no test waits for the clock, this is only to end one that hangs
 
