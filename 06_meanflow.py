@@ -35,16 +35,21 @@ is x_1 - x_0, as for a flow, and the network learns v. The loss never gets to 0,
 
 Why other sinusoids than in 04b? du/dt contains their derivative. Those of 04b turn by up to 1000
 rad while t goes from 0 to 1, so a small error of the network becomes a large one of du/dt. Ours
-turn by at most 1 rad. Data are means µ, as in 07: one step cannot know the noise of z. The
-network learns as in 01.
+turn by at most 1 rad. Data are means µ, as in 07, for the noise of z says nothing. The network
+learns as in 01.
 
 Left out: Geng et al. divide the squared error of each image by (about) itself, held constant. With
 that too many digits were a 1: after half an hour of a core, one step had a Fréchet distance of
 1.02, without it of 0.65 (EXPERIMENTS.md).
 
-    python 06_meanflow.py                    XXX on a core of an Intel Xeon
+    python 06_meanflow.py                    140 minutes on a core of an Intel Xeon
     python 06_meanflow.py --sample-only      no training: the shipped weights
 
+Fréchet distances of 5,000 samples (real digits: 0.045):
+    steps              1      2      5      10
+    MeanFlow           0.394  0.306  0.222  0.197
+    04b, flow, AB2                   0.275  0.199
+    04b, reflow        0.411  0.336  0.284  0.259
 """
 
 import copy

@@ -20,7 +20,7 @@ import write_tables
 import common
 
 EULER = [f"Euler_{n}_step{'s' * (n > 1)}" for n in (1, 2, 5, 100)]
-NOISE = "The same noise in each column; Fréchet distance above the floor"
+NOISE = "The same noise in each column; distances above the floor"
 PICTURES = {  # title, and of each row script and file
     "01_samples.png": (NOISE, [
         *(f"01_ddpm_ddim/eval_DDIM_{n}_steps" for n in (10, 20, 50, 100, 250)),
@@ -36,7 +36,7 @@ PICTURES = {  # title, and of each row script and file
     "04b_samples.png": (NOISE, [
         *(f"04b_latent_rflow/eval_latent_flow_{x}" for x in [*EULER, "AB2_5_steps"]),
         *(f"04b_latent_rflow/eval_latent_reflow_{x}" for x in EULER[:2])]),
-    "06_samples.png": ("One call for each digit. " + NOISE, [
+    "06_samples.png": ("One call each. " + NOISE, [
         "04b_latent_rflow/eval_latent_flow_Euler_1_step",
         "04b_latent_rflow/eval_latent_reflow_Euler_1_step",
         "06_meanflow/eval_MeanFlow_1_step", "07_drifting/eval_drifting_1_step"]),
