@@ -314,7 +314,7 @@ def draw(args, n: int, rows: list[dict], floor: float) -> None:
             bars = [2 * row.get("error", 0) for row in group]
             axes.errorbar(xs, ys, bars, color=color, marker=mark, lw=1)
             text = method if method == sampler else f"{method}, {sampler}"
-            place = (6, -12 if sampler == "AB2" else 4)  # below that of Euler
+            place = (6, -12 if sampler in ("AB2", "MeanFlow") else 4)  # below the others
             axes.annotate(text, (xs[0], ys[0]), place, "data", "offset points", color=color, size=7)
         axes.axhline(floor, color="black", ls=":", label="training images")
         axes.set(xlabel=xlabel, xscale="log", yscale="log", ylabel="Fréchet distance",
