@@ -319,7 +319,7 @@ def test_05_judges_a_set_with_the_classifier_of_that_set_alone(tmp_path, monkeyp
                    place / folder / "eval_1.pt")
     training = [*typed, "--train-judge", "--epochs", "8", "--batch-size", "8"]
     stranger = f"{place}/03_cfg/eval_1.pt"
-    message = f"of other images or classes than those of {shapes}: {stranger}"
+    message = f"{stranger} is of other images or classes than those of {shapes}"
     assert message in one_line(compare.main, training)
     assert message in one_line(compare.main, [*typed, stranger])  # now it is loaded, not trained
     Path(stranger).unlink()

@@ -43,7 +43,7 @@ def test_siblings_share_their_text(modules, names):
     for name in names:
         texts = [inspect.getsource(getattr(module, name)) for module in modules]
         texts = [text.replace(", 4 * width, 4 * width", ", 2 * width, 4 * width") for text in texts]
-        texts = [text.replace("  # vs 01: c3 for 2x2", "") for text in texts]
+        texts = [text.replace("  # vs 01: c3 = c2, for 2x2", "") for text in texts]
         texts = [text.replace("1, 28, 28", "1, 8, 8") for text in texts]
         assert len({*texts}) == 1, name
 
