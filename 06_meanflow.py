@@ -38,9 +38,9 @@ rad while t goes from 0 to 1, so a small error of the network becomes a large on
 turn by at most 1 rad. Data are means µ, as in 07, for the noise of z says nothing. The network
 learns as in 01.
 
-Left out: Geng et al. divide the squared error of each image by (about) itself, held constant. With
-that too many digits were a 1: after half an hour of a core, one step had a Fréchet distance of
-1.02, without it of 0.65 (EXPERIMENTS.md).
+Left out: Geng et al. divide the squared error of each image by about itself, held constant.
+With that too many digits were a 1: after half an hour of a core, one step had a Fréchet
+distance of 1.02, without it of 0.65 (EXPERIMENTS.md).
 
     python 06_meanflow.py                    140 minutes on a core of an Intel Xeon
     python 06_meanflow.py --sample-only      no training: the shipped weights
