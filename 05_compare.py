@@ -12,7 +12,7 @@ among samples (recall, coverage: are all kinds there?).
     density   = a fifth of the number of φ_r with |φ_g - φ_r| ≤ R_5(φ_r), averaged over φ_g
     coverage  = share of φ_r with |φ_g - φ_r| ≤ R_5(φ_r) for some φ_g      Naeem et al. 2020
     R_k(φ) is the distance from φ to its k-th nearest neighbour in its own set
-    φ_r, φ_g: features of test digits (10,000, 64), samples (N, 64); µ, Σ: mean, covariance
+    φ_r, φ_g: features of test digits, samples, (N, 64); µ, Σ: mean, covariance
 
 FD, the Fréchet distance, is really a squared distance, and a small set makes it too large.
 So each size N has its own table and floor: the mean FD of ten draws of N training digits
@@ -21,7 +21,7 @@ shares misread, or distances minus the floor. One is open if luck may decide: wi
 standard errors of its limit. (To get the error of a distance, we leave out each twentieth
 of a set in turn; it tells the luck of the noise, not that of another training.)
 
-    python 05_compare.py                       score the sets in runs/ (of --eval-samples)
+    python 05_compare.py                       score what --eval-samples left in runs/
     python 05_compare.py FILE.pt FOLDER        score these: a .pt, or a folder of pictures
     python 05_compare.py --train-judge         train the classifier again, on --dataset
 
@@ -98,7 +98,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """FD between the Gaussians fitted to two sets of features, (N, D) and (M, D).
 
     QR decompositions give factors with Σ = AᵀA. The singular values of A_r A_gᵀ are the square
-    roots of the eigenvalues of Σ_r Σ_g, so they add up to tr (Σ_r Σ_g)^½; no matrix root.
+    roots of the eigenvalues of Σ_r Σ_g, so they add up to tr (Σ_r Σ_g)^½.
     """
     a_r, a_g = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R
                 for x in (real, fake))
@@ -141,8 +141,8 @@ def score(judge: Judge, real: Tensor, samples: dict) -> dict:
 
 
 def floor_of(judge: Judge, real: Tensor, phi: Tensor, training: dict, n: int, even=False) -> dict:
-    """The row of n training images, if `even` as many of each class: the mean distance of ten
-    draws, and the error of one; the other scores are those of the first."""
+    """The row of n training images, if `even` as many of each class: the mean distance of
+    ten draws, and the error of one; the other scores are those of the first."""
     rng, draws, labels = torch.Generator().manual_seed(0), [], training["labels"]
     for _ in range(10):
         draw = torch.randperm(len(phi), generator=rng)
@@ -254,7 +254,7 @@ def judge_rule(a: dict, b: dict, key: str, limit: float) -> tuple[str, str]:
 
     def margin(times: float) -> float:
         """By how many standard errors a is below `times` b. Sets of one noise share its luck."""
-        times = 2 - times if b[key] < 0 else times  # b below the floor: a quarter of |b| more
+        times = 2 - times if b[key] < 0 else times  # below the floor: |b| / 4 more
         if key == "above":
             error = standard_error(times * b["without"] - a["without"])
         else:  # shares of N, in which one image more or less is never certain
@@ -299,7 +299,7 @@ def score_table(rows: list[dict]) -> str:
 
 
 def draw(args, n: int, rows: list[dict], floor: float) -> None:
-    """Plots for sets of n images. Color: method; mark: sampler; bar: two standard errors."""
+    """Plots of sets of n images. Color: method; mark: sampler; bar: two standard errors."""
     methods = [*dict.fromkeys(row["method"] for row in rows)]
     samplers = [*dict.fromkeys(row["sampler"] for row in rows)]
     for x, xlabel in ("network_calls", "network calls for an image"), ("seconds", "seconds for 16"):
@@ -354,7 +354,7 @@ def make_figures(args, judge: Judge) -> None:
     phi, _ = features(judge, training["images"])
     for n in sorted({row["N"] for row in rows}) or [args.eval_samples]:
         chosen = [row for row in rows if row["N"] == n]
-        kinds = sorted({False, *("classes" in row for row in chosen)})  # as many of each class
+        kinds = sorted({False, *("classes" in row for row in chosen)})  # even or not
         floors = {even: floor_of(judge, real, phi, training, n, even) for even in kinds}
         for row in chosen if floors[False]["N"] == n else []:  # else too few training images
             row["above"] = row["distance"] - floors["classes" in row]["distance"]

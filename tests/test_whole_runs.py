@@ -39,8 +39,10 @@ def test_the_script_for_a_gpu_runs_in_miniature_and_repeats_nothing(first_gpu_ru
             *names} and not [name for name in names if "eval_" in name or "checkpoint" in name]
 
     (folder / "04b_latent_rflow.seconds").unlink()  # as if it had been cut off
+    (folder / "02_latent_diffusion").mkdir()  # whose VAE the checkpoint of 04b has already
+    (folder / "02_latent_diffusion" / "checkpoint.pt").touch()
     again = printed(gpu_script(folder), 0)
     assert [line.split(":")[0] for line in again if "--device" in line] == ["04b_latent_rflow"]
-    assert "--resume" in again[0]
+    assert "--resume" in again[0] and "--vae" not in again[0]
     log = (folder / "04b_latent_rflow.log").read_text()
     assert f"weights: {folder}/04b_latent_rflow/checkpoint.pt" in log
