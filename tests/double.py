@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 CUDA = torch.device("cuda", 0)
 ATEN = torch.ops.aten
@@ -25,6 +25,23 @@ class DeviceError(RuntimeError):
 
 
 recording = []  # the graphs that are being recorded: one or none
+
+
+def mapped(function, x):
+    """As tree_map, for what an operator takes and gives, in a fraction of the time."""
+    if type(x) in (tuple, list):
+        return type(x)([mapped(function, part) for part in x])
+    return {k: mapped(function, v) for k, v in x.items()} if type(x) is dict else function(x)
+
+
+def tensors(*xs) -> list[torch.Tensor]:
+    found = []
+    for x in xs:
+        if isinstance(x, torch.Tensor):
+            found.append(x)
+        elif type(x) in (tuple, list, dict):
+            found += tensors(*(x.values() if type(x) is dict else x))
+    return found
 
 
 def is_cuda(device) -> bool:
@@ -73,7 +90,7 @@ class Claimed(torch.Tensor):
                 return claimed[id(x)] if id(x) in claimed else Claimed(x)
             return x
 
-        return tree_map(wrap, computed(func, tree_map(unwrap, args), tree_map(unwrap, kwargs)))
+        return mapped(wrap, computed(func, mapped(unwrap, args), mapped(unwrap, kwargs)))
 
 
 def computed(func, args, kwargs):
@@ -107,8 +124,8 @@ class Graph:
     def replay(self):
         self.replays += 1
         for func, args, kwargs, result in self.log if self.replays > 1 else ():
-            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs))):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+            for old, new in zip(tensors(result), tensors(func(*args, **kwargs)), strict=True):
+                if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 
@@ -122,8 +139,7 @@ def record(graph: Graph):
 
 
 def check_devices(func, args, kwargs) -> None:
-    on_cpu = [x for x in tree_leaves((args, kwargs))
-              if isinstance(x, torch.Tensor) and not isinstance(x, Claimed)]
+    on_cpu = [x for x in tensors(args, kwargs) if not isinstance(x, Claimed)]
     if func is ATEN._fused_adamw_.tensor_lr:  # torch.optim copies the rate to where it believes
         on_cpu = [x for x in on_cpu if x.dim() > 0]  # the weights to be: here, the CPU
     masked = func in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
@@ -182,7 +198,7 @@ class FindCuda(TorchFunctionMode):
         if generator is not None and there != generator.claims:
             raise DeviceError(f"{func.__name__} with a generator on {generator.device}")
         if is_cuda(kwargs.get("device")):
-            return tree_map(Claimed, computed(func, args, kwargs | {"device": "cpu"}))
+            return mapped(Claimed, computed(func, args, kwargs | {"device": "cpu"}))
         return func(*args, **kwargs)
 
 
