@@ -258,7 +258,7 @@ class Small(torch.nn.Module):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_student_changes_works_alike_on_cpu_and_gpu(change, cuda, tmp_path, capsys):
-    """Seven steps of a network: what is printed, and the weights in the end, with and without a graph."""
+    """What seven steps print, and the weights in the end: on a CPU, with a graph, without."""
     printed, weights = [], []
     fit = changed(inspect.getsource(ddpm.fit), *CHANGES[change])
     for device, more in (("cpu", ()), ("cuda", ()), ("cuda", ("--no-graphs",))):
