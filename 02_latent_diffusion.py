@@ -22,7 +22,7 @@ number of z R changes mainly its own place (Fréchet distance after 3 epochs: 0.
     python 02_latent_diffusion.py                  two hours on a core of an Intel Xeon
     python 02_latent_diffusion.py --sample-only    no training: the shipped weights
 
-Fréchet distance (05; 5,000 by DDIM-100) by three seeds: 0.244, 0.175, 0.186; of 01 0.208.
+Fréchet distance (05; 5,000 by DDIM-100) by three seeds: 0.243, 0.175, 0.185; of 01 0.208.
 """
 
 import copy
