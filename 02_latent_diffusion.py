@@ -159,7 +159,7 @@ def make_models(width: int, timesteps: int, device: str = "cpu") -> dict[str, nn
 
 
 def blob_rotation(decode, mean: Tensor) -> Tensor:
-    """The rotation R (64, 64) after which each number of z R draws a place of its own.
+    """The rotation (or reflection) R (64, 64): then each number of z R draws its own place.
     D (64, 784), the decoder's derivative at the mean z (64,): row i is what number i of z draws.
     z D = z R RᵀD, so those of z R draw RᵀD. It shall be near T (64, 784), blobs on an 8x8 grid:
     with D Tᵀ = U S Vᵀ, ‖RᵀD - T‖ is least for R = U Vᵀ (Schönemann 1966: Procrustes problem)."""

@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None):
     add("--train-judge", action="store_true", help="train the classifier of --dataset")
     add("--runs", type=Path, help="folder of all results; None: the one with --out-dir")
     tiny = {"dataset": "synthetic", "train_images": 512, "epochs": 2, "batch_size": 32}
-    parser.set_defaults(eval_samples=10_000)  # at most so many of each set
+    add("--eval-samples", **common.COUNT, default=10_000, help="at most so many of each set")
     first = parser.parse_args(argv or [])
     parser.set_defaults(sample_only=not (first.train_judge or first.resume or first.fast_dev))
     args = common.parse(parser, argv, tiny, sampling=["files", "train_judge", "runs"])
@@ -322,8 +322,8 @@ def draw(args, n: int, rows: list[dict], floor: float) -> None:
         axes.legend(loc="upper right")
         axes.figure.savefig(args.out_dir / f"quality_{x}_{n}.png", bbox_inches="tight", dpi=120)
     swept = [row for row in rows if row.get("guidance") is not None and row["sampler"] == "DDIM"]
-    lines = {HEADINGS[key]: [(row["guidance"], row[key]) for row in swept if key in row]
-             for key in ("distance", "accuracy", "precision", "recall")}
+    lines = {HEADINGS[key]: points for key in ("distance", "accuracy", "precision", "recall")
+             if (points := [(row["guidance"], row[key]) for row in swept if key in row])}
     if swept:
         common.save_plot(args.out_dir / f"guidance_{n}.png", lines, xlabel="guidance scale s",
                          ylabel="share; distance", title=f"What guidance does, N = {n:,}")
@@ -332,7 +332,7 @@ def draw(args, n: int, rows: list[dict], floor: float) -> None:
 def make_figures(args, judge: Judge) -> None:
     """Score the sets: a table, plots and verdicts for each size N."""
     paths = args.files or [path for path in sorted(args.runs.glob("*/eval_*.pt"))
-                           if (common.WEIGHTS / f"{path.parent.name}.pt").exists()]
+                           if Path(__file__).with_name(f"{path.parent.name}.py").exists()]
     sets = {str(path): load_set(path, args.eval_samples) for path in paths}
     (images, labels), (test_images, test_labels), classes = common.load_images(args)
     training = {"images": common.to_uint8(images), "labels": labels.cpu()}

@@ -43,7 +43,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 def in_bfloat16(forward):
     """A network's forward, whose layers compute in bfloat16 where that is faster: on CPUs that
-    have instructions for it, and on CUDA in training (in sampling, converting the weights takes
+    have instructions for it, and on CUDA with gradients (without, converting the weights takes
     longer). What it returns is float32, and so is all outside of the network: losses, optimizers,
     averages, and what samplers add up. --no-bf16 switches it off."""
     @functools.wraps(forward)
@@ -312,7 +312,7 @@ def folder_images(root: Path, results: Path) -> tuple[list[Tensor], list[Tensor]
     n, tests = len(paths), int(for_test.sum())
     if n < 70 or not 1 < tests < n - 9:
         sys.exit(f"{root}: {n} pictures, {tests} of them for tests; at least 70 are needed, and 2 "
-                 f"for tests{told(left_out)}")
+                 f"for tests, and 10 to learn from{told(left_out)}")
     return *([images[part], labels[part]] for part in (~for_test, for_test)), classes, left_out
 
 
@@ -353,6 +353,7 @@ def make_parser(file: str, summary: str, epochs: int, lr: float) -> argparse.Arg
     script, whole = Path(file).stem, {"type": int, "choices": Between(0)}
     devices = [d for d in ("cuda", "mps") if getattr(torch, d).is_available()] + ["cpu"]
     parser = argparse.ArgumentParser(f"{script}.py", description=summary,
+                                     conflict_handler="resolve",  # a script may say it otherwise
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.set_defaults(script=script)
     add = parser.add_argument
@@ -404,7 +405,9 @@ def parse(parser, argv: list[str] | None, tiny: dict, sampling: list[str]) -> ar
 def asked_classes(parser, args: argparse.Namespace) -> list[int]:
     """--digits as numbers: names or numbers between commas, one name, or digit by digit."""
     text, names = args.digits, load_checkpoint(args)["classes"]
-    words = [text] if text in names else text.split(",") if "," in text else list(text) or [""]
+    words = [text] if text in names else list(text) or [""]
+    if "," in text and text not in names:  # "12," is one class
+        words = text.removesuffix(",").split(",")
     numbers = {str(i): i for i, name in enumerate(names) if not name.isdecimal()}
     numbers |= {name: i for i, name in enumerate(names)}  # if a number is a name, that name
     known = ", ".join(name if name.isdecimal() else f"{i} {name}" for i, name in enumerate(names))
@@ -432,7 +435,7 @@ def run(main) -> None:
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume continues from the last epoch")
+        sys.exit("stopped; --resume continues after the last epoch that was kept")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
             raise
@@ -440,7 +443,7 @@ def run(main) -> None:
                  f"{' '.join(str(error).split())[:200]})")
 
 
-def say(text: str) -> None:
+def say(text: str | Path) -> None:
     """Prints. If the standard output is closed or full, the results do not suffer."""
     try:
         print(text, flush=True)
@@ -588,7 +591,8 @@ def origin(args: argparse.Namespace) -> dict:
     options |= {"fast_dev": args.fast_dev, "no_bf16": args.no_bf16}
     return {"script": args.script, "args": options,
             "torch": str(torch.__version__), "device": args.device,
-            "hardware": torch.cuda.get_device_name() if args.device == "cuda" else cpu}
+            "hardware": torch.cuda.get_device_name() if args.device == "cuda" else
+            cpu if args.device == "cpu" else f"{args.device}, {cpu}"}
 
 
 def noise(args: argparse.Namespace, *shape: int) -> Tensor:
@@ -613,7 +617,7 @@ def kept_pairs(args: argparse.Namespace, flow: nn.Module, make) -> tuple[Tensor,
     for start in tqdm(range(0, args.pairs + tests, size), "pairs, in thousands"):
         path = folder / f"pairs_{start}_to_{start + size}_by_{args.pair_steps}_AB2_of_{digest}.pt"
         if not path.exists():
-            rng = torch.Generator().manual_seed(int(digest, 16) + start)  # no flow has this noise
+            rng = torch.Generator().manual_seed(int(digest, 16) + start)  # no other flow
             save(path, torch.stack(make(size, rng)).half().cpu())
         with one_line_error(f"{path} is broken: delete it, and --resume"):
             parts.append(torch.load(path, map_location=args.device, weights_only=True))
@@ -683,7 +687,7 @@ def draw_progress(folder: Path, state: dict) -> None:
 
 
 def time_draw(args, draw, noise: Tensor) -> tuple[Tensor, float]:
-    """Images and seconds: the median after a first run, of as many as are quick."""
+    """Images and seconds: the median after a first run, which counts alone if it is long."""
     seconds, limit = [], 0 if args.fast_dev else 2
     least, most = (4, 9) if noise.is_cuda else (1, 4)  # a GPU records the fourth call
     while len(seconds) < least or (len(seconds) < most and sum(seconds) < limit):

@@ -183,7 +183,8 @@ def test_classes_that_are_numbers_are_in_their_order(tmp_path, capsys, monkeypat
     assert load(tmp_path / "mixed", capsys)[2] == ["0", "3", "6", "9", "x"]
     parser = argparse.ArgumentParser()
     for text, names, numbers in (("23", ["2", "3", "10"], [0, 1]), ("10", ["2", "3", "10"], [2]),
-                                 ("a,b", ["a", "a,b"], [1]), ("1,a", ["a", "b"], [1, 0])):
+                                 ("a,b", ["a", "a,b"], [1]), ("1,a", ["a", "b"], [1, 0]),
+                                 ("12,", [*"abcdefghijklm"], [12])):
         monkeypatch.setattr(common, "load_checkpoint", lambda args, names=names: {"classes": names})
         assert common.asked_classes(parser, argparse.Namespace(digits=text)) == numbers
 

@@ -481,6 +481,17 @@ def test_a_floor_of_fewer_digits_than_the_set_says_so_and_guidance_may_be_none(j
     assert "above the floor" not in tables(text)[0][0]  # unlike sizes do not compare
 
 
+def test_a_sweep_without_any_class_has_no_accuracy_to_draw(judge, tmp_path, monkeypatch):
+    file = write_set(tmp_path / "runs" / "03_cfg", "DDIM", 20, 2.0, guidance=0.0)
+    made = torch.load(file, weights_only=True)
+    del made["labels"]  # as 03 leaves them out where no class was asked for
+    torch.save(made, file)
+    drawn = {}
+    monkeypatch.setattr(common, "save_plot", lambda path, lines, **labels: drawn.update(lines))
+    compared(judge, tmp_path)
+    assert {*drawn} == {"Fréchet distance", "precision", "recall"}
+
+
 def test_without_any_sets_the_floor_stands_alone(judge, tmp_path):
     text = compared(judge, tmp_path)
     assert [row["method"] for row in tables(text)[0]] == ["training images"]
