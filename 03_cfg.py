@@ -19,6 +19,8 @@ the name: ∇log p is -ε̂/√(1-ᾱ_t), so it is the difference of the two pre
     papers          code                      shape
     x_0, x_t, ε     x0, x_t, noise            (B, 1, 28, 28), x0 in [-1, 1]
     t = 1 ... T     t = 0 ... T-1             (B,), the paper's t minus 1; -1 is the clean image
+    β_t, α_t, ᾱ_t   betas, alphas, alpha_bars (T,); Song writes α_t for ᾱ_t
+    x̂_0, ε̂; r       x0_hat, eps_hat; t_next   (B, 1, 28, 28); -1 ... T-2
     c               labels                    (B,) in 0 ... 9, or where it is hidden:
     ∅               NULL                      -1
     v_θ(x_t, t, c)  model(x_t, t, labels)     (B, 1, 28, 28)
@@ -26,8 +28,11 @@ the name: ∇log p is -ε̂/√(1-ᾱ_t), so it is the difference of the two pre
     s = 1 + w       scale, --guidance         the paper guides ε̂, linear in v̂: so it is the same
 
 The class enters twice, to show how each is done: as input channels, and by cross-attention (each
-pixel takes a weighted mean of learned tokens of its class), as text does in large models. The
-network learns as that of 01.
+pixel takes a weighted mean of learned tokens of its class), as text does in large models.
+
+It learns in batches of 128 by Muon (convolutions with 16 channels or more: rate 0.007, weight
+decay 0.1) and AdamW (all else: 0.0007, 0.01). The rates rise for 200 steps, and fall linearly
+to 0 at the end. To sample, we take an average of the weights. See fit().
 
     python 03_cfg.py                                  40 epochs, for a GPU
     python 03_cfg.py --epochs 3 --batch-size 64       for a CPU

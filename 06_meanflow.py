@@ -105,7 +105,7 @@ class UNet(nn.Module):
         self.down1 = ResBlock(c1, c2, c_time)
         self.down1_attention = Attention(c2)
         self.down1_to_mid = nn.Conv2d(c2, c3, 3, stride=2, padding=1)
-        self.mid1 = ResBlock(c3, c3, c_time)
+        self.mid1 = ResBlock(c3, c3, c_time)  # vs 01: two, as more of them gain nothing at 2x2
         self.mid_attention = Attention(c3)
         self.mid2 = ResBlock(c3, c3, c_time)
         self.mid_to_up0 = nn.Conv2d(c3, c2, 3, padding=1)

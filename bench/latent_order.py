@@ -11,7 +11,8 @@ is changed in it:
     sigma=2.5 grid=5-22   width of a blob and the middles of the outer ones, in pixels
     jacobian              the decoder's derivative at the mean in place of the least squares
     white                 z is whitened before R is found
-    shape=4x4x4           4 channels at 4x4: a blob, its two slopes, and their product; 16x2x2
+    shape=4x4x4           4 channels at 4x4: a blob, its two slopes, and their product; 16x2x2,
+                          where the U-Net has no smaller levels
     width=32 epochs=6     of the U-Net
     lr=0.002              the rate, if not that of 02, 0.0007
     vae=PATH              a checkpoint or weights of 02
@@ -26,6 +27,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +134,9 @@ def main() -> None:
         net.conv_in = nn.Conv2d(shape[0], width, 3, padding=1)
         net.conv_out = nn.Conv2d(width, shape[0], 3, padding=1)
         nn.init.zeros_(net.conv_out.weight)
+    if shape[1] == 2:  # too small to be halved: all layers work at 2x2
+        net.down0_to_1.stride = net.down1_to_mid.stride = (1, 1)
+        latent.F = SimpleNamespace(**vars(nn.functional) | {"interpolate": lambda h, **more: h})
     net = net.to(memory_format=torch.channels_last)
     large = [w for w in net.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
     small = [w for w in net.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]

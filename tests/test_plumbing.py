@@ -198,7 +198,7 @@ def test_shipped_weights_load_without_a_word(module, tmp_path, capfd):
     assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("module", [latent, latent_flow, meanflow, drifting])
+@pytest.mark.parametrize("module", [ddpm, latent, latent_flow, meanflow, drifting])
 def test_shipped_weights_are_of_the_default_command(module):
     """The others follow when they are trained anew (RESULTS.md says what made them)."""
     made = load(ROOT / "weights" / f"{module.__name__}.pt")["args"]
