@@ -73,7 +73,7 @@ def test_the_measurements_in_bench(cuda, bench, run, digits, tmp_path, monkeypat
     monkeypatch.setattr(libraries, "FlopCounterMode", counter)
     digits(128)
     weights, rate = libraries.train_ours("cuda", 2, tmp_path / "ours")
-    assert weights == 1_241_537 and rate > 0
+    assert weights == 1_898_945 and rate > 0
     assert libraries.sample_ours("cuda") > 0
     assert libraries.floor("cuda", 64)[0] > 0
 

@@ -287,7 +287,7 @@ def test_03_draws_classes_by_number_and_names_them(tmp_path, monkeypatch, capsys
     cfg.main([*typed, "--digits", "stars", *SAMPLING[cfg]])
     assert titles == ["Guided, s = 3: stars circles squares"] * 3 + ["Guided, s = 3: stars"]
     capsys.readouterr()
-    for asked, wrong in (("3", "3"), ("", ""), ("stars,moons", "moons"), ("1,", ""), ("x", "x")):
+    for asked, wrong in (("3", "3"), ("", ""), ("stars,moons", "moons"), ("1,,", ""), ("x", "x")):
         last = usage_error(cfg, [*typed[2:], "--digits", asked, *SAMPLING[cfg]], capsys)
         assert f"--digits {asked!r}: no class {wrong!r}, only 0 circles, 1 squares, 2" in last
 
