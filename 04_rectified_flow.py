@@ -26,8 +26,7 @@ their ends could cross, but hardly do. So after the reflow one step gets near th
     v_θ(x_t, t)     v = model(x_t, t)         (B, 1, 28, 28)
 
 x_t is on a line, z_t on a path; the code writes x for both, and takes means over pixels.
-Lines between random pairs cross, so the loss never gets to 0. The network learns as in 01, but
-with a rate of 0.002, the reflow with 0.001.
+Lines between random pairs cross, so the loss never gets to 0. Training: as 01, --lr 0.002.
 
 Why does the network predict an image, and not v? v contains the noise of every pixel, which
 a network cannot copy exactly: some grey stays in the black. With x̂_1, the last step (of up

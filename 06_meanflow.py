@@ -93,7 +93,7 @@ class UNet(nn.Module):
     """vs 04b: u from t to r, (B,) each, from 0 to 1; without r, r = t and u = v."""
     def __init__(self, width: int):
         super().__init__()
-        c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width  # vs 01: c3 = c2, for 2x2
+        c1, c2, c3, c_time = width, 2 * width, 2 * width, 4 * width  # vs 01: a smaller middle
         self.c_time = c_time
         self.time = nn.Sequential(nn.Linear(c_time, c_time), nn.SiLU(),
                                   nn.Linear(c_time, c_time), nn.SiLU())
@@ -105,7 +105,7 @@ class UNet(nn.Module):
         self.down1 = ResBlock(c1, c2, c_time)
         self.down1_attention = Attention(c2)
         self.down1_to_mid = nn.Conv2d(c2, c3, 3, stride=2, padding=1)
-        self.mid1 = ResBlock(c3, c3, c_time)  # vs 01: two, as more of them gain nothing at 2x2
+        self.mid1 = ResBlock(c3, c3, c_time)
         self.mid_attention = Attention(c3)
         self.mid2 = ResBlock(c3, c3, c_time)
         self.mid_to_up0 = nn.Conv2d(c3, c2, 3, padding=1)

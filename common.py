@@ -603,8 +603,8 @@ def noise(args: argparse.Namespace, *shape: int) -> Tensor:
 def kept_pairs(args: argparse.Namespace, flow: nn.Module, make) -> tuple[Tensor, Tensor]:
     """--pairs for a reflow, and up to 2,000 for tests, (2, n, 1, H, W) each, by make(n, rng).
 
-    Each thousand is kept in a file, for --resume. Its name tells solver and flow, so pairs of
-    another flow are not taken, and no other files but those are removed.
+    Each thousand is kept in a file, for --resume, and has noise of its own for each flow. Its name
+    tells solver and flow: pairs of another flow are not taken, and none but those are removed.
     """
     weights = b"".join(x.cpu().numpy().tobytes() for x in flow.state_dict().values())
     digest, folder = hashlib.sha256(weights).hexdigest()[:8], args.out_dir / "pairs"
@@ -617,7 +617,7 @@ def kept_pairs(args: argparse.Namespace, flow: nn.Module, make) -> tuple[Tensor,
     for start in tqdm(range(0, args.pairs + tests, size), "pairs, in thousands"):
         path = folder / f"pairs_{start}_to_{start + size}_by_{args.pair_steps}_AB2_of_{digest}.pt"
         if not path.exists():
-            rng = torch.Generator().manual_seed(int(digest, 16) + start)  # no other flow
+            rng = torch.Generator().manual_seed(int(digest, 16) + start)
             save(path, torch.stack(make(size, rng)).half().cpu())
         with one_line_error(f"{path} is broken: delete it, and --resume"):
             parts.append(torch.load(path, map_location=args.device, weights_only=True))
