@@ -164,7 +164,7 @@ def sample(model, noise: Tensor, labels: Tensor) -> Tensor:
 def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn.Module:
     """Trains `model` so that loss(model, *batch) falls; returns an average of its weights.
     data, test: lists of tensors, one row per image; draw(network) -> ten images to see."""
-    ema = copy.deepcopy(model).eval().requires_grad_(False)  # exponential moving average
+    ema = copy.deepcopy(model).eval().requires_grad_(False)  # moving average
     large = [w for w in model.parameters() if w.dim() == 4 and min(w.shape[:2]) >= 16]
     small = [w for w in model.parameters() if w.dim() < 4 or min(w.shape[:2]) < 16]
     muon_lr, adamw_lr = torch.zeros(2, device=args.device)  # tensors: step() sees changes
@@ -174,7 +174,6 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
     done = common.restore(state, name, epochs, learned)  # epochs of a checkpoint, or 0
     batches = len(data[0]) // args.batch_size or 1  # full ones in an epoch
     total = epochs * batches
-    average = get_ema_multi_avg_fn(max(1 - 10 / total, 0))  # over about a tenth of the run
     averages, weights = ([x for x in net.state_dict().values() if x.is_floating_point()]
                          for net in (ema, model))
 
@@ -185,7 +184,6 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
         value.backward()
         muon.step()
         adamw.step()
-        average(averages, weights, None)
         return value.detach()
 
     step = common.recorded(step, args, one_shape=True)
@@ -200,6 +198,8 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                 muon_lr.fill_(10 * rate)  # up for at most 200 steps, then down to 0
                 adamw_lr.fill_(rate)
                 losses.append(step(*[part[chosen] for part in data]))
+                average = get_ema_multi_avg_fn(1 - 10 / (i + 10))  # Karras et al. 2024
+                average(averages, weights, None)  # over a tenth of all steps so far (Eq. 127)
                 if bar.update():  # once a second: reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
             common.keep_epoch(args, state, name, learned, losses, chosen, start, loss, test, draw)

@@ -636,31 +636,29 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(steps, warm_up, fast_dev, 
         [0.01 * (0.5 + 1 / steps), 0.01 / steps])
 
 
-@pytest.mark.parametrize(("steps", "horizon"), [(200, 20), (60, 6), (8, 0)])
-def test_the_average_of_the_weights_forgets_within_a_tenth_of_the_run(steps, horizon, fast_dev):
-    """The weight is 9 for a while, then 2: what is left of the 9 falls by 1/e in a horizon. Each
-    step is an epoch, for the held-out loss sees the average after each."""
-    model, average = OneWeight(), []
-    nn.init.constant_(model.weight, 9)
+@pytest.mark.parametrize("steps", [1, 3, 200])
+def test_the_average_of_the_weights_is_over_a_tenth_of_the_steps_so_far(steps, fast_dev):
+    """After n steps the weight of step j (from 0) counts C(j+9, 9) of C(n+9, 10): of 200 steps the
+    last tenth counts 64%. The held-out loss sees the average after each step: each is an epoch."""
+    model, averages, weights = OneWeight(), [], torch.randn(steps).tolist()
+    nn.init.constant_(model.weight, 1e6)  # the fresh network does not count
 
     def loss(model, x):
         if not model.training:
-            average.append(model.weight.item())
+            averages.append(model.weight.item())
         else:
             with torch.no_grad():
-                model.weight.fill_(9.0 if len(average) < steps // 2 else 2.0)
+                model.weight.fill_(weights[len(averages)])
         return 0 * model.weight.sum()
 
     args = fast_dev(ddpm, "--batch-size", "1")
     ema = fit(args, loss, [torch.zeros(1)], epochs=steps, lr=1e-9, model=model)
-    assert len(average) == steps
-    assert average[: steps // 2] == pytest.approx([9] * (steps // 2))
-    left = [(value - 2) / 7 for value in average[steps // 2 :]]
-    assert left == sorted(left, reverse=True) and abs(left[-1]) < 0.02
-    if horizon:
-        assert left[horizon - 1] == pytest.approx(math.exp(-1), abs=0.05)
-    else:
-        assert left[0] == pytest.approx(0, abs=1e-6)
+    assert len(averages) == steps
+    for n, average in enumerate(averages, 1):
+        counts = [math.comb(j + 9, 9) for j in range(n)]
+        assert sum(counts) == math.comb(n + 9, 10)
+        expected = sum(count * weight for count, weight in zip(counts, weights)) / sum(counts)
+        assert average == pytest.approx(expected, abs=1e-5)
     assert not ema.weight.requires_grad and not ema.training
 
 
@@ -680,10 +678,10 @@ def test_the_averaged_network_has_averaged_statistics_of_batch_norms(fast_dev, t
     ema = fit(args, loss, [torch.arange(16.0)[:, None]], epochs=5, lr=1e-2, model=model)
     keep_state()
     assert len(states) == 21 and states[0].keys() == ema.state_dict().keys()
-    expected, decay = states[0], 1 - 10 / 20  # of 20 steps
-    for state in states[1:]:
+    expected = states[0]
+    for i, state in enumerate(states[1:]):
         for key, value in state.items():
-            expected[key] = decay * expected[key] + (1 - decay) * value
+            expected[key] = (i * expected[key] + 10 * value) / (i + 10)
     assert model[1].training and not ema[1].training
     saved = load(tmp_path / "checkpoint.pt")["stages"]["one"]["learned"]
     for key, value in ema.state_dict().items():
