@@ -212,25 +212,25 @@ TIMES = ("seconds", "images_per_second")
 AS_GOOD = 1.25  # at most so many times the other's distance above the floor
 # A claim: its text, one set, the other, and what is compared, with its limit
 CLAIMS = [  # 1 to 5 are a homework report's (RESULTS.md), 6 is ours
-    ("1a. DDIM-100 is many times faster than DDPM",
+    ("1a. DDIM-100 is many times as fast as DDPM",
      "diffusion DDIM 100", "diffusion DDPM 1000", {"seconds": 5}),
-    ("1b. ... and almost as good",
+    ("1b. ... and as good",
      "diffusion DDIM 100", "diffusion DDPM 1000", {"above": AS_GOOD}),
     ("2. Latent diffusion is cheaper and as good", "latent diffusion DDIM 100",
      "diffusion DDIM 100", {"images_per_second": 1, "above": AS_GOOD}),
-    ("3. Guidance makes digits more distinct", "guided diffusion DDIM 100 3",
+    ("3. Guidance (s = 3) makes digits more distinct", "guided diffusion DDIM 100 3",
      "guided diffusion DDIM 100 1", {"misread": AS_GOOD}),
-    ("4a. One step after reflow is as good as five before",
+    ("4a. One step after a reflow is as good as five before",
      "reflow Euler 1", "rectified flow Euler 5", {"above": AS_GOOD}),
     ("4b. ... and in the latent",
      "latent reflow Euler 1", "latent flow Euler 5", {"above": AS_GOOD}),
-    ("5a. The latent flow needs fewer steps",
+    ("5a. Five steps in the latent are as good as ten in pixels",
      "latent flow Euler 5", "rectified flow Euler 10", {"above": AS_GOOD}),
-    ("5b. ... or less time", "latent flow Euler 10", "rectified flow Euler 10",
-     {"images_per_second": 1, "above": AS_GOOD}),
-    ("6a. One step without pairs, MeanFlow, is as good as after a reflow",
+    ("5b. Ten are faster there, and as good", "latent flow Euler 10",
+     "rectified flow Euler 10", {"images_per_second": 1, "above": AS_GOOD}),
+    ("6a. One step of MeanFlow is as good as one after a reflow",
      "MeanFlow MeanFlow 1", "latent reflow Euler 1", {"above": AS_GOOD}),
-    ("6b. ... and drifting, told the class",
+    ("6b. ... and so is one of drifting, told the class",
      "drifting drifting 1", "latent reflow Euler 1", {"above": AS_GOOD}),
 ]
 
@@ -244,13 +244,13 @@ def name(row: dict) -> str:
 def judge_rule(a: dict, b: dict, key: str, limit: float) -> tuple[str, str]:
     """Verdict on a beside b, and figures. Of times: is a at least `limit` times as fast? Of
     what should be small: better; as good (at most `limit` times b's); worse; or open."""
-    figures = f"{HEADINGS[key]} {a[key]:.3g} against {b[key]:.3g}"
+    figures = f"{HEADINGS[key]}: {a[key]:.3g} against {b[key]:.3g}"
     if key in TIMES:
         if a["note"] != b["note"]:
             return "not measured", f"{HEADINGS[key]}: of two machines"
         times = b[key] / a[key] if key == "seconds" else a[key] / b[key]
         slower = "slower" if times < 1 else f"not {limit:g} times as fast"
-        return "faster" if times >= limit else slower, f"{figures}, {times:.3g} times as fast"
+        return "faster" if times >= limit else slower, f"{figures}, {times:.2g} times as fast"
 
     def margin(times: float) -> float:
         """By how many standard errors a is below `times` b. Sets of one noise share its luck."""
@@ -280,7 +280,7 @@ def judge_claim(rows: list[dict], n: int, claim: str, one: str, two: str, rules:
         lacking = [wanted for wanted in (one, two) if wanted not in sets]
         found.append(("not measured", f"no {HEADINGS[key]} of {lacking[0]}") if lacking else
                      judge_rule(sets[one], sets[two], key, limit))
-    return [claim, f"{one} against {two}", *(", ".join(parts) for parts in zip(*found))]
+    return [claim, f"{one} against {two}", *("; ".join(parts) for parts in zip(*found))]
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:

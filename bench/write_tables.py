@@ -11,13 +11,15 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-METHODS = {  # of a section
-    "01:": ["diffusion"], "02:": ["VAE prior", "latent diffusion"], "03:": ["guided diffusion"],
-    "04:": ["rectified flow", "reflow"], "04b:": ["latent flow", "latent reflow"],
-    "06:": ["MeanFlow"], "07:": ["drifting"],
+METHODS = {  # of a section, and how they are called there
+    "01:": {"diffusion": ""}, "02:": {"VAE prior": "noise", "latent diffusion": ""},
+    "03:": {"guided diffusion": ""}, "04:": {"rectified flow": "flow", "reflow": "reflow"},
+    "04b:": {"latent flow": "flow", "latent reflow": "reflow"}, "06:": {"MeanFlow": ""},
+    "07:": {"drifting": ""},
 }
-COLUMNS = ["network calls", "N", "Fréchet distance", "above the floor", "precision", "recall",
-           "density", "coverage", "accuracy", "seconds for 16", "images/s"]
+SAMPLERS = ["decoder", "DDIM", "DDPM", "Euler", "AB2", "MeanFlow", "drifting"]  # in this order
+SHARES = ["precision", "recall", "density", "coverage", "accuracy"]
+COLUMNS = ["network calls", "N", "above the floor", *SHARES, "seconds for 16", "images/s"]
 
 
 def read(text: str) -> list[dict]:
@@ -51,25 +53,49 @@ def table(head: list[str], lines: list[list[str]], words: int = 1) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])
 
 
-def scores(rows: list[dict], methods: list[str]) -> str:
+def number(text: str) -> float:
+    return float(text.replace(",", "") or 0)
+
+
+def sampler(row: dict, method: str) -> str:
+    """Its name, as "DDIM-100, s = 1.25" or "flow, Euler, 1 step"."""
+    steps = f"{row['steps']} step{'s' * (row['steps'] != '1')}"
+    words = [method, row["sampler"], steps]
+    if row["sampler"] in ("DDIM", "DDPM"):
+        words = [method, f"{row['sampler']}-{row['steps']}"]
+    if row["sampler"] == "decoder":
+        words = [method, "decoded"]
+    words += [f"s = {row['guidance']}"] if row.get("guidance") else []
+    return ", ".join(word for word in words if word)
+
+
+def scores(rows: list[dict], methods: dict[str, str]) -> str:
     """The table of a script; its last lines are those of training digits."""
     mine = [row for row in rows if row.get("method") in methods]
     if not mine:
         return ""
     chosen = largest(mine, ["method", "sampler", "steps", "guidance"])
-    chosen.sort(key=lambda row: methods.index(row["method"]))
+    chosen.sort(key=lambda row: ([*methods].index(row["method"]), SAMPLERS.index(row["sampler"]),
+                                 number(row.get("guidance") or ""), number(row["steps"])))
     columns, lines = [key for key in COLUMNS if any(row.get(key) for row in chosen)], []
-    kinds = ["training images", *["training images, classes alike"] * ("accuracy" in columns)]
-    floor = largest([row for row in rows if row.get("method") in kinds], ["method"])
-    for row in [*chosen, *floor]:
-        words = [row["method"], row["sampler"] if row["sampler"] != row["method"] else "",
-                 f"{row['steps']} step{'s' * (row['steps'] != '1')}" if row["steps"] else "",
-                 f"s = {row['guidance']}" if row.get("guidance") else ""]
-        cells = [row.get(key, "") for key in columns]
-        above = columns.index("above the floor")
-        cells[above] += f" ± {row['standard error']}" if row.get("standard error") else ""
-        lines.append([", ".join(word for word in words if word), *map(str.strip, cells)])
-    return table(["sampler", *columns], lines).replace("Fréchet distance", "FD")
+    for row in chosen:
+        digits = 3 if number(row["above the floor"]) < 10 else 1
+        above, error = (f"{number(row[key]):.{digits}f}" for key in
+                        ("above the floor", "standard error"))
+        cells = row | {"above the floor": f"{above} ± {error}"}
+        if number(row.get("images/s") or "") >= 1000:
+            cells["images/s"] = f"{number(row['images/s']):,.0f}"
+        lines.append([sampler(row, methods[row["method"]]), *(cells.get(x, "") for x in columns)])
+    even = {bool(row.get("accuracy")) for row in chosen}  # then sets have as many of each class
+    kinds = {"training images": "training digits"} if False in even else {}
+    if True in even:
+        kinds["training images, classes alike"] = "training digits, as many of each class"
+    for row in largest([row for row in rows if row.get("method") in kinds], ["method"]):
+        cells = {"N": row["N"], "above the floor": f"0 ± {number(row['standard error']):.3f}"}
+        cells |= {key: row.get(key, "") for key in SHARES}
+        floor = f"*{kinds[row['method']]}: FD {number(row['Fréchet distance']):.3f}, the floor*"
+        lines.append([floor, *(cells.get(key, "") for key in columns)])
+    return table(["sampler", *columns], lines)
 
 
 def claims(rows: list[dict]) -> str:

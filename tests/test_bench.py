@@ -224,9 +224,9 @@ def test_results_get_the_largest_set_of_each_sampler(run, bench, tmp_path):
     (before, words), (after, same_words) = tables(old), tables(new)
     assert words == same_words
     assert after["01"][2:] == [
-        "| diffusion, DDIM, 10 steps | 10 | 5,000 | 0.571 | 0.526 ± 0.01 |",
-        "| diffusion, DDPM, 1,000 steps | 1,000 | 1,000 | 0.3 | 0.1 ± 0.01 |",
-        "| training images |  | 5,000 | 0.045 | ± 0.01 |"]
+        "| DDIM-10 | 10 | 5,000 | 0.526 ± 0.010 |",
+        "| DDPM-1,000 | 1,000 | 1,000 | 0.100 ± 0.010 |",
+        "| *training digits: FD 0.045, the floor* |  | 5,000 | 0 ± 0.010 |"]
     assert after["The claims"][2:] == ["| 1a | faster | 2 against 20 | 1,000 |",
                                        "| 2 | worse | 3 against 1 | 5,000 |"]
     changed = {name for name in before if before[name] != after[name]}

@@ -276,13 +276,13 @@ GUIDED = [ROW | {"method": "guided diffusion", "guidance": 1, "misread": 0.02},
     ("1b", [DDPM | {"above": 1.28, "without": SPREAD}], "as good"),
     ("1b", [DDPM | {"above": 1.29, "without": SPREAD}], "better"),
     ("2", [LATENT | {"images_per_second": 19.0, "above": 1.45, "without": SPREAD}],
-     "slower, open"),
-    ("2", [LATENT | {"images_per_second": 21.0, "above": 1.45, "without": SPREAD}], "faster, open"),
+     "slower; open"),
+    ("2", [LATENT | {"images_per_second": 21.0, "above": 1.45, "without": SPREAD}], "faster; open"),
     ("1b", [DDPM | {"steps": 500}], "not measured"),
     ("1b", [DDPM | {"above": -0.01}], "worse"),
-    ("2", [LATENT | {"images_per_second": 21.0}], "faster, as good"),
-    ("2", [LATENT | {"images_per_second": 19.0}], "slower, as good"),
-    ("2", [LATENT | {"above": 1.6}], "faster, worse"),
+    ("2", [LATENT | {"images_per_second": 21.0}], "faster; as good"),
+    ("2", [LATENT | {"images_per_second": 19.0}], "slower; as good"),
+    ("2", [LATENT | {"above": 1.6}], "faster; worse"),
     # shares of 1,000: 20 and 5 differ by 15, two errors are 2 √(21·0.979 + 6·0.994) = 10.3
     ("3", [GUIDED[0], GUIDED[1] | {"misread": 0.005}], "better"),
     ("3", [GUIDED[0], GUIDED[1] | {"misread": 0.0}], "better"),
@@ -324,7 +324,7 @@ def test_times_compare_across_sizes_of_sets_and_distances_across_machines():
     assert compare.judge_claim(both, 1000, *CLAIMS["1a"])[2] == "not 5 times as fast"
     gpu = LATENT | {"note": "on a GPU"}
     found = compare.judge_claim([ROW, gpu], 1000, *CLAIMS["2"])
-    assert found[2] == "not measured, as good" and found[3].startswith("images/s: of two machines")
+    assert found[2] == "not measured; as good" and found[3].startswith("images/s: of two machines")
 
 
 def test_all_six_claims_are_judged():
@@ -440,8 +440,8 @@ def test_rows_of_equal_size_are_judged(judge, tmp_path):
     found = {row["claim"].split(".")[0]: row["verdict"] for row in verdicts}
     assert found.pop("1a") == "faster"  # 2 s against 20 s
     assert found.pop("1b") == "open"  # the same images, so few that they are below the floor
-    assert found.pop("2") == "not measured, open"  # its time is of another machine
-    assert {verdict.split(",")[0] for verdict in found.values()} == {"not measured"}
+    assert found.pop("2") == "not measured; open"  # its time is of another machine
+    assert {verdict.split(";")[0] for verdict in found.values()} == {"not measured"}
 
 
 def test_a_set_with_as_many_of_each_class_has_a_floor_of_its_own(judge, tmp_path):
