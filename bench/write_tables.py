@@ -11,13 +11,12 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-METHODS = {  # of a section, and how they are called there
+METHODS = {  # of a section, and what they are called there
     "01:": {"diffusion": ""}, "02:": {"VAE prior": "noise", "latent diffusion": ""},
     "03:": {"guided diffusion": ""}, "04:": {"rectified flow": "flow", "reflow": "reflow"},
     "04b:": {"latent flow": "flow", "latent reflow": "reflow"}, "06:": {"MeanFlow": ""},
     "07:": {"drifting": ""},
 }
-SAMPLERS = ["decoder", "DDIM", "DDPM", "Euler", "AB2", "MeanFlow", "drifting"]  # in this order
 SHARES = ["precision", "recall", "density", "coverage", "accuracy"]
 COLUMNS = ["network calls", "N", "above the floor", *SHARES, "seconds for 16", "images/s"]
 
@@ -53,8 +52,8 @@ def table(head: list[str], lines: list[list[str]], words: int = 1) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])
 
 
-def number(text: str) -> float:
-    return float(text.replace(",", "") or 0)
+def number(text: str | None) -> float:
+    return float(text.replace(",", "")) if text else 0
 
 
 def sampler(row: dict, method: str) -> str:
@@ -75,15 +74,16 @@ def scores(rows: list[dict], methods: dict[str, str]) -> str:
     if not mine:
         return ""
     chosen = largest(mine, ["method", "sampler", "steps", "guidance"])
-    chosen.sort(key=lambda row: ([*methods].index(row["method"]), SAMPLERS.index(row["sampler"]),
-                                 number(row.get("guidance") or ""), number(row["steps"])))
+    chosen.sort(key=lambda row: ([*methods].index(row["method"]), row["sampler"] == "AB2",
+                                 row["sampler"], number(row.get("guidance")), number(row["steps"])))
     columns, lines = [key for key in COLUMNS if any(row.get(key) for row in chosen)], []
     for row in chosen:
-        digits = 3 if number(row["above the floor"]) < 10 else 1
-        above, error = (f"{number(row[key]):.{digits}f}" for key in
-                        ("above the floor", "standard error"))
-        cells = row | {"above the floor": f"{above} ± {error}"}
-        if number(row.get("images/s") or "") >= 1000:
+        cells = dict(row)
+        if row.get("above the floor"):  # else there are too few training images
+            above, error = number(row["above the floor"]), number(row["standard error"])
+            digits = 3 if above < 1 else 2 if above < 10 else 1  # three that count
+            cells["above the floor"] = f"{above:.{digits}f} ± {error:.{digits}f}"
+        if number(row.get("images/s")) >= 1000:
             cells["images/s"] = f"{number(row['images/s']):,.0f}"
         lines.append([sampler(row, methods[row["method"]]), *(cells.get(x, "") for x in columns)])
     even = {bool(row.get("accuracy")) for row in chosen}  # then sets have as many of each class
@@ -91,7 +91,7 @@ def scores(rows: list[dict], methods: dict[str, str]) -> str:
     if True in even:
         kinds["training images, classes alike"] = "training digits, as many of each class"
     for row in largest([row for row in rows if row.get("method") in kinds], ["method"]):
-        cells = {"N": row["N"], "above the floor": f"0 ± {number(row['standard error']):.3f}"}
+        cells = {"N": row["N"], "above the floor": f"0 ± {number(row.get('standard error')):.3f}"}
         cells |= {key: row.get(key, "") for key in SHARES}
         floor = f"*{kinds[row['method']]}: FD {number(row['Fréchet distance']):.3f}, the floor*"
         lines.append([floor, *(cells.get(key, "") for key in columns)])
@@ -101,9 +101,11 @@ def scores(rows: list[dict], methods: dict[str, str]) -> str:
 def claims(rows: list[dict]) -> str:
     """Each claim by the largest sets for which it has a verdict; else by any."""
     judged = sorted((row for row in rows if "verdict" in row),
-                    key=lambda row: (row["verdict"] != "not measured", size(row)))
-    found = {row["claim"]: row for row in judged}  # of several, the last
-    keys = "claim", "verdict", "figures", "N"
+                    key=lambda row: ("not measured" not in row["verdict"], size(row)))
+    found, keys = {}, ("claim", "verdict", "figures", "N")
+    for row in judged:  # of several, the last
+        timed = re.fullmatch("[^;]* as fast", row["figures"])  # such a verdict is of no set
+        found[row["claim"]] = row | ({"N": ""} if timed else {})
     lines = [[row[key] for key in keys] for _, row in sorted(found.items())]
     return table([*keys], lines, words=3) if lines else ""
 

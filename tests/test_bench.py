@@ -237,6 +237,41 @@ def test_results_get_the_largest_set_of_each_sampler(run, bench, tmp_path):
         bench("write_tables").put(old, "99:", "new\n")
 
 
+def test_a_table_names_its_samplers_and_rounds_their_figures(bench):
+    def row(method, sampler, steps, above, error="0.02", **more):
+        return {"method": method, "sampler": sampler, "steps": steps, "N": "5,000",
+                "above the floor": above, "standard error": error} | more
+
+    def lines(section, *rows):
+        methods = bench("write_tables").METHODS[section]
+        made = bench("write_tables").scores([*rows, *floors], methods).splitlines()
+        return [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in made[2:]]
+
+    floors = [{"method": name, "N": "5,000", "Fréchet distance": fd, "standard error": "0.01"}
+              for name, fd in (("training images", "0.0448"),
+                               ("training images, classes alike", "0.0622"))]
+    flow = [row("latent flow", "AB2", "5", "0.23"),
+            row("latent flow", "Euler", "10", "-0.0082", **{"images/s": "999.9"}),
+            row("latent flow", "Euler", "1", "35.93", "0.12", **{"images/s": "27,232.6"}),
+            row("latent reflow", "Euler", "2", "1.618", "0.077")]
+    assert lines("04b:", *flow) == [
+        ["flow, Euler, 1 step", "5,000", "35.9 ± 0.1", "27,233"],
+        ["flow, Euler, 10 steps", "5,000", "-0.008 ± 0.020", "999.9"],
+        ["flow, AB2, 5 steps", "5,000", "0.230 ± 0.020", ""],
+        ["reflow, Euler, 2 steps", "5,000", "1.62 ± 0.08", ""],
+        ["*training digits: FD 0.045, the floor*", "5,000", "0 ± 0.010", ""]]
+    guided = [row("guided diffusion", "DDIM", "100", "0.4", guidance="3", accuracy="99%"),
+              row("guided diffusion", "DDIM", "100", "0.03", guidance="1.25", accuracy="98%")]
+    named = [line[0] for line in lines("03:", *guided)]
+    alike = "*training digits, as many of each class: FD 0.062, the floor*"
+    assert named == ["DDIM-100, s = 1.25", "DDIM-100, s = 3", alike]
+    free = row("guided diffusion", "DDIM", "100", "", guidance="0")  # of too many images
+    named = lines("03:", free, *guided)
+    assert named[0] == ["DDIM-100, s = 0", "5,000", "", ""] and len(named) == 5
+    noise = [row("latent diffusion", "DDPM", "1,000", "2"), row("VAE prior", "decoder", "1", "16")]
+    assert [line[0] for line in lines("02:", *noise)][:2] == ["noise, decoded", "DDPM-1,000"]
+
+
 def test_how_near_copies_come(bench):
     """Distances 0, 1, ..., 20 to the nearest of the cloud: their median and 5% quantile."""
     cloud = torch.tensor([[0.0, 0.0], [0.0, 100.0]])
