@@ -262,7 +262,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                 adamw_lr.fill_(rate)
                 losses.append(step(*[part[chosen] for part in data]))
                 average = get_ema_multi_avg_fn(1 - 10 / (i + 10))  # Karras et al. 2024
-                average(averages, weights, None)  # over a tenth of all steps so far (Eq. 127)
+                average(averages, weights, None)  # over a tenth of the steps (Eq. 127)
                 if bar.update():  # once a second: reading a loss makes a GPU wait
                     bar.set_postfix(loss=torch.stack(losses[-100:]).mean().item())
             common.keep_epoch(args, state, name, learned, losses, chosen, start, loss, test, draw)
