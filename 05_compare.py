@@ -1,10 +1,10 @@
 """How good and fast are the samples? A classifier scores them, and ten claims are tested.
 
 A picture shows that digits look like digits, but not whether all kinds are there. So a
-small classifier turns each image into 64 numbers, its features, and we compare the cloud of
-a sampler's images with that of the test digits: by the distance between Gaussians fitted to
-both; by whether samples lie among digits (precision, density); and by whether digits lie
-among samples (recall, coverage: are all kinds there?).
+small classifier turns each image into 64 numbers, its features, and we compare the cloud
+of a sampler's images with that of the test digits: by the distance between Gaussians
+fitted to both; by whether samples lie among digits (precision, density); and by whether
+digits lie among samples (recall, coverage).
 
     FD        = |µ_r - µ_g|² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)     Heusel et al. 2017, Eq. 6
     precision = share of φ_g with |φ_g - φ_r| ≤ R_3(φ_r) for some φ_r   Kynkäänniemi et al. 2019
@@ -16,10 +16,10 @@ among samples (recall, coverage: are all kinds there?).
 
 FD, the Fréchet distance, is really a squared distance, and a small set makes it too large.
 So each size N has its own table and floor: the mean FD of ten draws of N training digits
-(with as many of each class if a set has that, as those of 03 and 07). Claims compare times,
-shares misread, or distances minus the floor. One is open if luck may decide: within two
-standard errors of its limit. (To get the error of a distance, we leave out each twentieth
-of a set in turn; it tells the luck of the noise, not that of another training.)
+(as many of each class if a set has that, as for 03 and 07). Claims compare times, shares
+misread, or distances minus the floor. One is open if luck may decide: within two standard
+errors of its limit. (For the error of a distance we leave out each twentieth of a set in
+turn; it tells the luck of the noise, not that of another training.)
 
     python 05_compare.py                       score what --eval-samples left in runs/
     python 05_compare.py FILE.pt FOLDER        score these: a .pt, or a folder of pictures
@@ -96,10 +96,8 @@ def features(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """FD between the Gaussians fitted to two sets of features, (N, D) and (M, D).
-
-    QR decompositions give factors with Σ = AᵀA. The singular values of A_r A_gᵀ are the square
-    roots of the eigenvalues of Σ_r Σ_g, so they add up to tr (Σ_r Σ_g)^½.
-    """
+    QR decompositions give factors with Σ = AᵀA. The singular values of A_r A_gᵀ are the
+    square roots of the eigenvalues of Σ_r Σ_g, so they add up to tr (Σ_r Σ_g)^½."""
     a_r, a_g = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R
                 for x in (real, fake))
     shift = (real.mean(0) - fake.mean(0)).square().sum()
@@ -210,8 +208,7 @@ COLUMNS = {  # key of a row: heading and format
 HEADINGS = {key: heading for key, (heading, _) in COLUMNS.items()} | {"misread": "share misread"}
 TIMES = ("seconds", "images_per_second")
 AS_GOOD = 1.25  # at most so many times the other's distance above the floor
-# A claim: its text, one set, the other, and what is compared, with its limit
-CLAIMS = [  # 1 to 5 are a homework report's (RESULTS.md), 6 is ours
+CLAIMS = [  # a text, one set, another, what counts, with its limit (1 to 5 are a report's)
     ("1a. DDIM-100 is many times as fast as DDPM",
      "diffusion DDIM 100", "diffusion DDPM 1000", {"seconds": 5}),
     ("1b. ... and as good",
@@ -300,25 +297,28 @@ def score_table(rows: list[dict]) -> str:
 
 def draw(args, n: int, rows: list[dict], floor: float) -> None:
     """Plots of sets of n images. Color: method; mark: sampler; bar: two standard errors."""
-    methods = [*dict.fromkeys(row["method"] for row in rows)]
-    samplers = [*dict.fromkeys(row["sampler"] for row in rows)]
+    marks = dict(zip(dict.fromkeys(x["sampler"] for x in rows), "osD^vP*X" * len(rows)))
     for x, xlabel in ("network_calls", "network calls for an image"), ("seconds", "seconds for 16"):
-        lines, axes = {}, figure.Figure(figsize=(8, 5)).subplots()
+        lines = {row["method"]: {} for row in rows}
+        axes = figure.Figure(figsize=(8, 5)).subplots()
         for row in rows:
             comparable = row.get(x) is not None and not (x == "seconds" and row["note"])
             if comparable and row.get("guidance") in (None, 1):
-                lines.setdefault((row["method"], row["sampler"]), []).append(row)
-        for (method, sampler), group in lines.items():
-            xs, ys = ([row[key] for row in group] for key in (x, "distance"))
-            color, mark = f"C{methods.index(method)}", "osD^vP*X"[samplers.index(sampler) % 8]
-            bars = [2 * row.get("error", 0) for row in group]
-            axes.errorbar(xs, ys, bars, color=color, marker=mark, lw=1)
-            text = method if method == sampler else f"{method}, {sampler}"
-            place = (6, -12 if sampler in ("AB2", "MeanFlow") else 4)  # below the others
-            axes.annotate(text, (xs[0], ys[0]), place, "data", "offset points", color=color, size=7)
+                point = row[x], row["distance"], 2 * row.get("error", 0)
+                lines[row["method"]].setdefault(row["sampler"], []).append(point)
+        for i, (method, parts) in enumerate(lines.items()):
+            for sampler, points in parts.items():
+                axes.errorbar(*zip(*points), color=f"C{i}", marker=marks[sampler], lw=1)
+            up = 1 if "MeanFlow" in parts else -5  # left of a first point; of DDIM's, right
+            side, place = ("left", (9, 2)) if "DDIM" in parts else ("right", (-6, up))
+            if parts:
+                axes.annotate(method, min(map(min, parts.values()))[:2], place, "data",
+                              "offset points", ha=side, color=f"C{i}", size=8)
         axes.axhline(floor, color="black", ls=":", label="training images")
-        axes.set(xlabel=xlabel, xscale="log", yscale="log", ylabel="Fréchet distance",
+        axes.set(xlabel=xlabel, xscale="log", yscale="log", ylabel="Fréchet distance", xmargin=0.2,
                  title=f"Distance to the test images (guidance s = 1), N = {n:,}")
+        for sampler, mark in marks.items():
+            axes.plot([], [], f"k{mark}", label=sampler)
         axes.legend(loc="upper right")
         axes.figure.savefig(args.out_dir / f"quality_{x}_{n}.png", bbox_inches="tight", dpi=120)
     swept = [row for row in rows if row.get("guidance") is not None and row["sampler"] == "DDIM"]

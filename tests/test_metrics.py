@@ -460,7 +460,7 @@ def test_a_set_with_as_many_of_each_class_has_a_floor_of_its_own(judge, tmp_path
 def test_times_of_another_machine_are_not_drawn(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.errorbar",
-                        lambda axes, x, y, *rest, **how: drawn.append((x, y)))
+                        lambda axes, x, y, *rest, **how: drawn.append(([*x], [*y])))
     rows = [ROW | {"network_calls": 100, "distance": 2.0},
             LATENT | {"network_calls": 50, "distance": 3.0, "note": "on a GPU"}]
     compare.draw(argparse.Namespace(out_dir=tmp_path), 1000, rows, floor=1.0)
