@@ -78,8 +78,21 @@ def test_fields_of_all_reaches_count_alike_and_are_constant():
         assert shift.grad.mean() < 0  # towards the data
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and 1 < losses[0] <= 9
     for tau in (0.02, 0.2):
-        loss = drifting.drifting_loss(lambda noise, labels: noise, noise, None, data, [tau])
+        loss = drifting.drifting_loss(lambda noise, _: noise, noise, None, data, taus=[tau])
         assert loss.item() == pytest.approx(1)
+
+
+def test_the_first_n_samples_learn_and_the_others_only_repel_them():
+    torch.manual_seed(0)
+    noise, data, shift = torch.randn(2, 30, 64), torch.randn(2, 50, 64) + 1, torch.zeros(64)
+    shift.requires_grad_()
+    drifting.drifting_loss(lambda noise, _: noise + shift, noise, None, data, 5, [0.1]).backward()
+    x, own = noise[:, :5], torch.eye(5, 30, dtype=torch.bool)
+    V = drifting.drifting_field(x, data, noise, 0.1, own)
+    V = V / V.square().mean((1, 2), keepdim=True).sqrt()
+    torch.testing.assert_close(shift.grad, -2 * V.mean((0, 1)) / 64)
+    fewer = drifting.drifting_field(x, data, x, 0.1, own[:, :5])
+    assert not torch.allclose(fewer, V, atol=0.1)
 
 
 def test_classes_do_not_meet():
@@ -137,8 +150,9 @@ def test_each_class_meets_latents_of_its_own_images(tmp_path, monkeypatch):
         mu[:, 0] = torch.cat([images(96)[1], images(24)[1]])
         return mu, torch.full((len(x), 64), -99.0)
 
-    def drifting_loss(model, noise, labels, data):
+    def drifting_loss(model, noise, labels, data, n):
         seen.append((noise, labels, data))
+        assert n == 8
         return model(noise, labels).square().mean()
 
     monkeypatch.setattr(drifting.latent, "encode_all", encode_all)
@@ -149,8 +163,8 @@ def test_each_class_meets_latents_of_its_own_images(tmp_path, monkeypatch):
     vae = whole[0]
     assert len(seen) == 96 // 16 + 1  # and the held-out loss
     for noise, labels, data in seen[:-1]:
-        assert noise.shape == (3, 8, 64) and data.shape == (3, 16, 64)
-        assert torch.equal(labels, torch.arange(3)[:, None].expand(3, 8))
+        assert noise.shape == (3, 8 + 8, 64) and data.shape == (3, 16, 64)
+        assert torch.equal(labels, torch.arange(3)[:, None])
         mu = (data * vae.std + vae.mean) @ vae.R.T
         expected = torch.arange(3.0)[:, None].expand(3, 16)
         torch.testing.assert_close(mu[:, :, 0], expected, atol=0.01, rtol=0)
@@ -161,6 +175,7 @@ def test_a_fresh_generator_depends_on_noise_and_later_on_the_class():
     model = drifting.make_models(16, 3)["drifting"]
     noise, labels = torch.randn(5, 64), torch.tensor([0, 1, 2, 0, 1])
     assert model(noise, labels).shape == (5, 64)
+    assert model(torch.randn(5, 2, 64), labels[:, None]).shape == (5, 2, 64)
     for block in model.blocks:
         nn.init.normal_(block.layer2.weight)
     assert not torch.allclose(model(noise, labels), model(noise, labels.flip(0)))
