@@ -13,7 +13,7 @@ drift until they lie as the data do, where both forces cancel. To draw, one call
     k(x, y) = exp(-‖x - y‖ / τ)                             Eq. 12; the mean of ‖x - y‖ is our unit
 
     paper       code             shape
-    ε           noise            (K, L, 64), L for each of K classes; or (B, 64)
+    ε           noise            (K, L, 64) for K classes, L = N + --others; or (B, 64)
     x, y⁺, y⁻   x, data, others  (K, N, 64), (K, M, 64), (K, L, 64): latents; y⁻ begin with the x
 
 Exchange data and samples in Eq. 11, and V changes its sign. If they are distributed alike, that
@@ -22,9 +22,9 @@ changes nothing: V = -V = 0. (Only then is V = 0 everywhere: arXiv 2604.24196.) 
 Why in the latent of 02? V needs hundreds of neighbours, and distances that mean something: a
 digit moved by two pixels is far from itself. Latents are better, and short. Data are means µ:
 the noise of z says nothing. A 3 drifts towards threes, and away from threes. V is the sum for
-three τ, each of mean square 1, though soon most of it is chance, mainly which samples repel: so
-beside 40 of a class that learn, 160 only repel. (Look at progress.png, not the loss.) It learns
-by AdamW (rate 0.001, falling to 0; weight decay 0.01), and averaged weights sample.
+three τ, each of mean square 1. Soon most of that is chance: which samples repel. (Look at
+progress.png, not the loss.) So 40 of a class learn, and 160 more, without gradients, only repel.
+It learns by AdamW (rate 0.001, falling to 0; weight decay 0.01), and averaged weights sample.
 
     python 07_drifting.py                         28 minutes on one core of an AMD EPYC (AVX2)
     python 07_drifting.py --digits 3141592653     these, from the shipped weights
@@ -89,7 +89,7 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """Noise (..., 64), labels (...) or (..., 1) -> latents (..., 64). (Norms harm.)"""
+    """Noise (..., 64), labels (...), as (K, 1) for (K, N, 64) -> latents (..., 64)."""
     def __init__(self, width: int, classes: int, blocks: int = 4):
         super().__init__()
         self.first, self.last = nn.Linear(64, width), nn.Linear(width, 64)
@@ -124,7 +124,7 @@ def drifting_field(x: Tensor, data: Tensor, others: Tensor, tau: float, own=None
 
 def drifting_loss(model, noise: Tensor, labels: Tensor, data: Tensor, n=None, taus=TAUS) -> Tensor:
     """Deng et al. 2026, Algorithm 1. noise (K, L, 64), labels (K, 1), data (K, M, 64): classes
-    do not meet. n samples learn, the others only repel. Each τ has a mean square of 1."""
+    do not meet. n samples learn, the others only repel. Each V has a mean square of 1."""
     x = model(noise[:, :n], labels)
     with torch.no_grad():
         others = torch.cat([x, model(noise[:, x.shape[1]:], labels)], dim=1)
