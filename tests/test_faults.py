@@ -40,7 +40,7 @@ WRONG = {  # an option, whichever script has it: values that it must refuse
     "--guidance": ["-1", "nan", "inf", "x"], "--guidance-sweep": ["-1", "nan", "inf", "x"],
     "--digits": ["x", "12a", "-3", ""], "--steps": COUNT, "--ab2-steps": COUNT,
     "--pairs": COUNT, "--pair-steps": COUNT, "--reflow-epochs": COUNT, "--reflow-lr": RATE,
-    "--samples": [*COUNT, "1"], "--toy-steps": [*COUNT, "15"],
+    "--samples": [*COUNT, "1"], "--others": FROM_0, "--toy-steps": [*COUNT, "15"],
     "--flow-t": ["normal", ""], "--reflow-t": ["normal", ""],
     "--equal": ["-0.1", "1.1", "nan", "x"],
 }
