@@ -54,13 +54,13 @@ def digits(monkeypatch):
 
 
 def test_the_measurements_in_bench(cuda, bench, run, digits, tmp_path, monkeypatch, capsys):
-    """With one step of DDIM for a hundred, eight digits for MNIST, and 32 images at most."""
+    """With one step of DDIM for a hundred, eight digits for MNIST, and 8 images at most."""
     for script in (ddpm, latent):
         monkeypatch.setattr(script, "ddim_sample", lambda *three, sample=script.ddim_sample: (
             sample(*three[:3], steps=1)))
     time = common.time_draw
     monkeypatch.setattr(common, "time_draw", lambda args, draw, noise: (
-        time(args, draw, noise[:32])))
+        time(args, draw, noise[:8])))
     counter = MagicMock()  # torch's own leaves the double
     counter().__enter__().get_total_flops.return_value = 2e6
     monkeypatch.setattr(bench("latent_cost"), "FlopCounterMode", counter)
