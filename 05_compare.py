@@ -309,8 +309,8 @@ def draw(args, n: int, rows: list[dict], floor: float) -> None:
         for i, (method, parts) in enumerate(lines.items()):
             for sampler, points in parts.items():
                 axes.errorbar(*zip(*points), color=f"C{i}", marker=marks[sampler], lw=1)
-            up = 1 if "MeanFlow" in parts else -5  # left of a first point; of DDIM's, right
-            side, place = ("left", (9, 2)) if "DDIM" in parts else ("right", (-6, up))
+            up = 1 if "MeanFlow" in parts else -5  # a name is left of its line
+            side, place = ("left", (9, 2)) if "DDIM" in parts else ("right", (-6, up))  # or right
             if parts:
                 axes.annotate(method, min(map(min, parts.values()))[:2], place, "data",
                               "offset points", ha=side, color=f"C{i}", size=8)
