@@ -1,9 +1,9 @@
 """What all tests here share: where the scripts are, one thread, and no way into the network."""
 
 import os
-import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -28,29 +28,34 @@ def no_network_no_leftovers(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
 
-GPU_SCRIPTS = ["04b_latent_rflow", "01_ddpm_ddim"]
+BESIDE = {"test_bench", "test_device", "test_metrics", "test_whole_runs"}  # half of the time
 
 
-def gpu_script(folder: Path, minutes: str = "600") -> subprocess.Popen:
-    """bench/gpu.sh in miniature, with two scripts."""
-    settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MINUTES": minutes,
-                "SCRIPTS": " ".join(GPU_SCRIPTS)}
-    return subprocess.Popen(["bash", ROOT / "bench/gpu.sh", "--dry-run", folder], text=True,
-                            env=os.environ | settings, stdout=subprocess.PIPE,
-                            start_new_session=True)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def first_gpu_run(request, tmp_path_factory):
-    """It takes minutes, so it starts before the tests, on another core, if one will want it."""
-    if not any(item.path.stem == "test_whole_runs" for item in request.session.items):
-        yield
-        return
-    folder = tmp_path_factory.mktemp("gpu")
-    process = gpu_script(folder)
-    yield folder, process
-    if process.poll() is None:  # its test did not come: end all that it has started
-        os.killpg(process.pid, signal.SIGKILL)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    """If these files are to run, and others, too, then they run beside the others: as a process,
+    on a second core. What it prints comes at the end."""
+    moved = [item for item in session.items if item.path.stem in BESIDE]
+    option = session.config.option
+    if option.collectonly or option.usepdb or len(moved) in (0, len(session.items)):
+        return (yield)
+    session.items[:] = [item for item in session.items if item not in moved]
+    session.testscollected = len(session.items)
+    session.config.hook.pytest_deselected(items=moved)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    with tempfile.TemporaryFile("w+") as output, subprocess.Popen(
+            [*command, *(item.nodeid for item in moved)], cwd=session.config.rootpath,
+            stdout=output, stderr=subprocess.STDOUT) as process:
+        try:
+            done = yield
+            session.testsfailed += process.wait() > 0
+        finally:  # also after Ctrl-C
+            process.terminate()
+        output.seek(0)
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        reporter.section("beside these ran")
+        reporter.write(output.read())
+    return done
 
 
 @pytest.fixture(autouse=True)

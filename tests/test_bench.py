@@ -71,7 +71,8 @@ def test_the_measurements_in_bench(cuda, bench, run, digits, tmp_path, monkeypat
     assert len(list(tmp_path.glob("runs/loss_by_t/*.png"))) == 2
     libraries = bench("libraries")
     monkeypatch.setattr(libraries, "FlopCounterMode", counter)
-    digits(128)
+    monkeypatch.setattr(libraries, "BATCH", 8)
+    digits(16)
     weights, rate = libraries.train_ours("cuda", 2, tmp_path / "ours")
     assert weights == 1_898_945 and rate > 0
     assert libraries.sample_ours("cuda") > 0
