@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from double import on_cuda
-from scripts import ROOT, compare, ddpm, flow, latent, options
+from scripts import ROOT, compare, ddpm, drifting, flow, latent, options
 
 import common
 
@@ -271,6 +271,46 @@ def test_a_table_names_its_samplers_and_rounds_their_figures(bench):
     assert named[0] == ["DDIM-100, s = 0", "5,000", "", ""] and len(named) == 5
     noise = [row("latent diffusion", "DDPM", "1,000", "2"), row("VAE prior", "decoder", "1", "16")]
     assert [line[0] for line in lines("02:", *noise)][:2] == ["noise, decoded", "DDPM-1,000"]
+
+
+def test_k_means_finds_clusters_that_lie_apart(bench):
+    torch.manual_seed(0)
+    spots = 100 * torch.eye(4)
+    points = (spots[:, None] + torch.randn(4, 50, 4)).flatten(0, 1)
+    centres = bench("drifting_arms").k_means(points, 4)
+    assert sorted(torch.cdist(spots, centres).argmin(1).tolist()) == [0, 1, 2, 3]
+    means = points.view(4, 50, 4).mean(1)
+    assert torch.cdist(means, centres).min(1).values.max() < 1e-3
+
+
+@pytest.mark.parametrize(("typed", "classes"), [(["-k", 25], 25), (["-k", 0, "--sinkhorn", 3], 10)])
+def test_an_arm_of_drifting(typed, classes, run, digits, tmp_path, monkeypatch):
+    digits(200)
+    for name in ("drifting_field", "drifting_loss"):
+        monkeypatch.setattr(drifting, name, getattr(drifting, name))  # so they are put back
+    run("drifting_arms", *typed, "--epochs", 1, "--samples", 60, "--out-dir", tmp_path)
+    result = json.loads((tmp_path / "results.jsonl").read_text())
+    assert result["k"] == typed[1] and len(result["distances"]) == 3 and result["seconds"] > 0
+    file, = tmp_path.glob("*/checkpoint.pt")
+    state = torch.load(file, weights_only=True)
+    assert state["network"]["classes"] == len(state["classes"]) == classes
+    assert len(list(file.parent.glob("samples_?.png"))) == 3
+
+
+def test_sinkhorn_makes_all_data_count_alike(bench):
+    """So the field changes its sign under exchange, and is 0 between equal sets."""
+    rng, arms = torch.Generator().manual_seed(0), bench("drifting_arms")
+    logits = 3 * torch.randn(2, 5, 8, dtype=torch.double, generator=rng)
+    P = arms.coupling(logits, 500)
+    torch.testing.assert_close(P.sum(2), torch.ones(2, 5).double())
+    torch.testing.assert_close(P.sum(1), torch.full((2, 8), 5 / 8).double())
+    log_ab = (P / logits.exp()).log()  # log a_i + log b_j: all rows differ by constants
+    torch.testing.assert_close(log_ab.diff(dim=1).diff(dim=2), torch.zeros(2, 4, 7).double())
+    x, y, z = torch.randn(3, 2, 6, 3, dtype=torch.double, generator=rng)
+    none = torch.zeros(6, 6, dtype=torch.bool)
+    field = [arms.sinkhorn_field(x, *two, 0.1, none, 3) for two in ((y, z), (z, y), (y, y))]
+    torch.testing.assert_close(field[0], -field[1])
+    assert field[0].abs().max() > 0.1 and field[2].abs().max() < 1e-12
 
 
 def test_how_near_copies_come(bench):
