@@ -81,7 +81,8 @@ def main() -> None:
     args = drifting.parse_args([
         "--device", "cpu", "--toy-steps", "16", "--seed", str(mine.seed),
         "--epochs", str(mine.epochs), "--samples", str(max(2, 400 // k)),
-        "--others", str(1600 // k), "--batch-size", str(5000 // k), "--out-dir", str(mine.out_dir / name)])
+        "--others", str(1600 // k), "--batch-size", str(5000 // k),
+        "--out-dir", str(mine.out_dir / name)])
     *parts, names = common.load_images(args)
     vae, start = common.load("02_latent_diffusion", "vae"), time.process_time()
     if mine.k:
