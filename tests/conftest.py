@@ -48,13 +48,14 @@ def pytest_runtestloop(session):
             stdout=output, stderr=subprocess.STDOUT) as process:
         try:
             done = yield
-            session.testsfailed += process.wait() > 0
+            session.testsfailed += process.wait() != 0
         finally:  # also after Ctrl-C
             process.terminate()
         output.seek(0)
-        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        reporter.section("beside these ran")
-        reporter.write(output.read())
+        text = output.read()
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    session.config.add_cleanup(lambda: reporter.write(text))  # below the summary of the others
+    session.config.add_cleanup(lambda: reporter.section("beside these ran"))  # before it
     return done
 
 
