@@ -1,6 +1,6 @@
 """Two questions about drifting: what if nobody told the classes, and what if all data count alike?
 
-    OMP_NUM_THREADS=1 python bench/drifting_arms.py                50 clusters stand for classes
+    OMP_NUM_THREADS=1 python bench/drifting_arms.py                100 clusters stand for classes
     OMP_NUM_THREADS=1 python bench/drifting_arms.py -k 0 --sinkhorn 3 --tau 0.005 --epochs 180
 
 Without labels all samples would be in one field, and rare shapes get lost: small kernels do not
@@ -69,11 +69,11 @@ def sinkhorn_field(x: Tensor, data: Tensor, others: Tensor, tau: float, own, rou
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-k", type=int, default=50, help="clusters; 0: classes")
+    parser.add_argument("-k", type=int, default=100, help="clusters; 0: classes")
     parser.add_argument("--sinkhorn", type=int, default=0, help="rounds; 0: the field of 07")
     parser.add_argument("--tau", type=float, nargs="+", default=drifting.TAUS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=6, help="600 steps for 50 clusters")
+    parser.add_argument("--epochs", type=int, default=3, help="1,200 steps for 100 clusters")
     parser.add_argument("--samples", type=int, default=5000, help="in a set")
     parser.add_argument("--out-dir", type=Path, default=Path("runs/drifting_arms"))
     mine = parser.parse_args()
