@@ -29,8 +29,8 @@ It learns by AdamW (rate 0.001, falling to 0; weight decay 0.01), and averaged w
     python 07_drifting.py                         28 minutes on one core of an AMD EPYC (AVX2)
     python 07_drifting.py --digits 3141592653     these, from the shipped weights
 
-Fréchet distance of 5,000: one call 0.103 (99.2% read as asked), 03 by 100 calls (s = 1) 0.105,
-digits 0.062. Left out: an encoder, guidance; training without labels (bench/drifting_arms.py).
+Fréchet distance of 5,000: 0.103 (99.2% read as asked); 03 by 100 calls (s = 1) 0.105;
+training digits 0.062. Left out: an encoder, guidance. No labels? bench/drifting_arms.py.
 """
 
 import copy

@@ -1,6 +1,7 @@
 """What all tests here share: where the scripts are, one thread, and no way into the network."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,7 @@ def pytest_runtestloop(session):
             done = yield
             session.testsfailed += process.wait() != 0
         finally:  # also after Ctrl-C
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # so that it ends what it has started
         output.seek(0)
         text = output.read()
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
