@@ -48,6 +48,14 @@ def k_means(x: Tensor, k: int, rounds: int = 60) -> Tensor:
     return centres
 
 
+def into_clusters(parts: list, vae, k: int) -> tuple[list, Tensor]:
+    """[images, labels] to learn from and to test -> the same with clusters for labels; how many."""
+    mu = [(latent.encode_all(vae, x)[0] @ vae.R - vae.mean) / vae.std for x, _ in parts]
+    centres = k_means(mu[0], k)
+    parts = [[x, torch.cdist(z, centres).argmin(1)] for (x, _), z in zip(parts, mu)]
+    return parts, parts[0][1].bincount(minlength=k).double()
+
+
 def coupling(logits: Tensor, rounds: int) -> Tensor:
     """(K, N, M) -> P_ij = a_i b_j exp(logits_ij): rows sum to 1, and columns all to the same,
     if not exactly, after some rounds of Sinkhorn (1967)."""
@@ -87,10 +95,8 @@ def main() -> None:
     vae, start = common.load("02_latent_diffusion", "vae"), time.process_time()
     if mine.k:
         torch.manual_seed(mine.seed)
-        mu = [(latent.encode_all(vae, x)[0] @ vae.R - vae.mean) / vae.std for x, _ in parts]
-        centres = k_means(mu[0], k)
-        parts = [[x, torch.cdist(z, centres).argmin(1)] for (x, _), z in zip(parts, mu)]
-        share, names = parts[0][1].bincount(minlength=k).double(), [str(i) for i in range(k)]
+        parts, share = into_clusters(parts, vae, k)
+        names = [str(i) for i in range(k)]
     common.load_images = lambda args: (*parts, names)
     if mine.sinkhorn:
         drifting.drifting_field = partial(sinkhorn_field, rounds=mine.sinkhorn)
