@@ -11,8 +11,9 @@ time some steps of a stage, and then plan as many as fit, so that the rate falls
     clusters        07, 100 clusters for classes        reflow          04, batches of 64
     meanflow        06                                  guided          03, batches of 64
 
-Adds a line for each sampler to results.jsonl in --out-dir: Fréchet distance of 5,000 samples
-and so on, the steps of each stage, and the minutes of the processor. Needs MNIST in data/.
+Other options go to the script. Adds a line for each sampler to results.jsonl in --out-dir:
+Fréchet distance of 5,000 samples and so on, the steps of each stage, and the minutes of the
+processor. Needs MNIST in data/.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import importlib
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--out-dir", type=Path, default=Path("runs/equal_minutes"))
-    mine = parser.parse_args()
+    mine, more = parser.parse_known_args()
     script, pixels = importlib.import_module(SCRIPTS[mine.arm]), mine.arm in ("reflow", "guided")
     vae_folder, share = mine.out_dir / f"vae_{mine.seed}", None
     options = ["--seed", mine.seed, "--device", "cpu",
@@ -118,7 +118,7 @@ def main() -> None:
     options += ["--batch-size", 64] if pixels else []
     options += {"clusters": ["--samples", 4, "--others", 16, "--batch-size", 50]}.get(mine.arm, [])
     options += ["--toy-steps", 16] if "07" in SCRIPTS[mine.arm] else []
-    args, start = script.parse_args([str(x) for x in options]), time.process_time()
+    args, start = script.parse_args([*map(str, options), *more]), time.process_time()
     *parts, names = common.load_images(args)
 
     if mine.arm == "vae":  # one step of the diffusion, so that the file is complete
@@ -145,10 +145,10 @@ def main() -> None:
     shape = (1, 28, 28) if pixels else (1, 8, 8)
     for name, draw in samplers_of(mine.arm, nets, share).items():
         torch.manual_seed(100 + mine.seed)
-        noise = torch.randn(mine.samples, *shape)
-        made = {"images": torch.cat([common.to_uint8(draw(x)) for x in tqdm(noise.split(50), name)])}
-        made |= {"labels": torch.arange(mine.samples) % 10} if mine.arm in ("drifting",
-                                                                           "guided") else {}
+        noise = tqdm(torch.randn(mine.samples, *shape).split(50), name)
+        made = {"images": torch.cat([common.to_uint8(draw(part)) for part in noise])}
+        if mine.arm in ("drifting", "guided"):
+            made["labels"] = torch.arange(mine.samples) % 10
         row = compare.score(judge, real, made)
         del row["without"]
         common.save_grid(made["images"][:40] / 127.5 - 1, args.out_dir / f"samples_{name}.png",

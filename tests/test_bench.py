@@ -1,5 +1,6 @@
 """The scripts in bench/, on CUDA where they may run there: on a double of it, and on a GPU."""
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -349,3 +350,35 @@ def test_pictures_of_sets_say_their_distance(bench, run, tmp_path, monkeypatch):
                       "reflow, 1\ndistance 0.75", "test digits"]
     shades = ((images + 1) * 127.5).round()
     assert [int(shades[row * 10].max()) for row in range(3)] == [5, 100, 1] and len(images) == 40
+
+
+def test_the_plan_of_equal_minutes_fits_them(bench, tmp_path, monkeypatch):
+    """Steps of half a second, and 3 seconds for each call, of which it must not think as steps."""
+    clock, seen = [0.0], []
+
+    def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None):
+        clock[0] += 3 + 0.5 * epochs * (len(data[0]) // args.batch_size)
+        seen.append(data[0])
+
+    plans = bench("equal_minutes")
+    monkeypatch.setattr(plans.time, "process_time", lambda: clock[0])
+    plan, args = plans.Plan(fit, 100), argparse.Namespace(batch_size=4, out_dir=tmp_path)
+    data, test = torch.arange(100), torch.arange(8)
+    plan(args, {}, "flow", None, None, [data], [test], 40, 1e-3)
+    assert plan.steps == {"flow": 110} and len(seen[-1]) == 88  # 55 seconds, 5 epochs of 22 steps
+    assert plan.tried == 2 * 3 + 0.5 * (2 + 22)
+    assert seen[-1].diff().min() >= 1 and seen[-1][-1] > 97  # from all of the file
+
+
+def test_methods_after_equally_many_minutes(run, digits, tmp_path):
+    """Arms in miniature: a script's training as planned, and a score of what it draws."""
+    digits(200)
+    typed = "--out-dir", tmp_path, "--width", 8, "--batch-size", 16
+    run("equal_minutes", "vae", *typed, "--vae-epochs", 1)
+    (tmp_path / "vae_0" / "seconds.json").write_text("1")
+    for arm in ("clusters", "meanflow", "latent-reflow"):
+        run("equal_minutes", arm, *typed, "--minutes", 0.05, "--samples", 60)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in rows] == ["clusters", *3 * ["meanflow"], *4 * ["latent-reflow"]]
+    assert all(row["N"] == 60 and row["distance"] > 0 and row["vae_minutes"] for row in rows)
+    assert rows[-1]["steps"].keys() == {"flow", "pairs", "reflow"}
