@@ -315,10 +315,10 @@ def draw(args, n: int, rows: list[dict], floor: float) -> None:
                 axes.annotate(method, min(map(min, parts.values()))[:2], place, "data",
                               "offset points", ha=side, color=f"C{i}", size=8)
         axes.axhline(floor, color="black", ls=":", label="training images")
-        axes.set(xlabel=xlabel, xscale="log", yscale="log", ylabel="Fréchet distance", xmargin=0.2,
+        axes.set(xlabel=xlabel, xscale="log", yscale="log", ylabel="Fréchet distance", xmargin=0.25,
                  title=f"Distance to the test images (guidance s = 1), N = {n:,}")
-        for sampler, mark in marks.items():
-            axes.plot([], [], f"k{mark}", label=sampler)
+        for sampler in dict.fromkeys(s for parts in lines.values() for s in parts):
+            axes.plot([], [], f"k{marks[sampler]}", label=sampler)
         axes.legend(loc="upper right")
         axes.figure.savefig(args.out_dir / f"quality_{x}_{n}.png", bbox_inches="tight", dpi=120)
     swept = [row for row in rows if row.get("guidance") is not None and row["sampler"] == "DDIM"]
