@@ -28,7 +28,7 @@ PICTURES = {  # title, and of each row script and file
     "02_samples.png": (NOISE, [
         f"02_latent_diffusion/eval_{name}"
         for name in ("VAE_alone", "DDIM_100_steps", "DDPM_1000_steps")]),
-    "03_samples.png": ("With s > 0: 0 to 9. " + NOISE, [
+    "03_samples.png": ("With s > 0 asked for 0 to 9. " + NOISE, [
         f"03_cfg/eval_DDIM_100_steps_s_{s}" for s in ("0", "1", "1.25", "1.5", "2", "3", "5")]),
     "04_samples.png": (NOISE, [
         *(f"04_rectified_flow/eval_rectified_flow_{x}" for x in [*EULER, "AB2_5_steps"]),
