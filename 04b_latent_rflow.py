@@ -20,7 +20,7 @@ network is that of 02, and learns as in 01 (the reflow with a rate of 0.001).
     python 04b_latent_rflow.py                  for a GPU; three hours on a core of an Intel Xeon
     python 04b_latent_rflow.py --sample-only    no training: the shipped weights
 
-Fréchet distances of 5,000 samples (real digits: 0.045), and S of 16 paths, of latents, not pixels:
+Fréchet distances of 5,000 samples, one seed (real digits: 0.045), and S of 16 latent paths:
     steps         1      2      5      10     100    S
     flow, Euler   36.0   1.66   0.455  0.293  0.212  0.35
     flow, AB2                   0.275  0.199
