@@ -1,25 +1,31 @@
-"""Which one-step method draws the best digits after equally many minutes of one core?
+"""Which method draws the best digits by one call, after equally many minutes of one core?
 
+    export OMP_NUM_THREADS=1
     for arm in vae drifting clusters meanflow latent-reflow reflow guided; do
-        OMP_NUM_THREADS=1 python bench/equal_minutes.py $arm --minutes 30; done
+        python bench/equal_minutes.py $arm --minutes 30; done        some four hours
 
-Everything from scratch, by the `train` of the numbered scripts. An arm in the latent first pays
-for the VAE of its seed (20 epochs, as 02 has it). What is left goes to its stages by SHARES. We
-time some steps of a stage, and then plan as many as fit, so that the rate falls to 0 at the end.
+Each method gets as many minutes of the processor (not of the clock), from scratch, by the `train`
+of its script. Of those in the latent the VAE takes its minutes first: `vae` trains that of a seed
+(20 epochs, as in 02). We time some steps of a stage, and plan as many as fit: the learning rate
+falls to 0 at their end. Samples and scores are not counted. Flow, pairs and reflow get 55, 15 and
+30% of the time, one choice for both. All other options are those of the scripts, which are meant
+for longer trainings, but for those of 07.
 
-    drifting        07, told the class                  latent-reflow   04b
-    clusters        07, 100 clusters for classes        reflow          04, batches of 64
-    meanflow        06                                  guided          03, batches of 64
+    drifting        07, told the class              latent-reflow   04b, by one, two and five calls
+    clusters        07, 100 clusters for classes    reflow          04, the same, batches of 64
+    meanflow        06, by one, two, five calls     guided          03, told the class, batches of
+                                                                    64; by DDIM with 20 calls
 
-Other options go to the script. Adds a line for each sampler to results.jsonl in --out-dir:
-Fréchet distance of 5,000 samples and so on, the steps of each stage, and the minutes of the
-processor. Needs MNIST in data/.
+What else is typed goes to the script (but --samples, which is for 5,000 to score). Adds a line for
+each sampler to results.jsonl in --out-dir: Fréchet distance and so on, the steps of each stage
+(of `pairs` their number), and the minutes at its end.
 """
 
 import argparse
 import copy
 import importlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -35,44 +41,58 @@ arms = importlib.import_module("drifting_arms")
 SCRIPTS = {"vae": "02_latent_diffusion", "drifting": "07_drifting", "clusters": "07_drifting",
            "meanflow": "06_meanflow", "latent-reflow": "04b_latent_rflow",
            "reflow": "04_rectified_flow", "guided": "03_cfg"}
-SHARES = {"flow": 0.55, "pairs": 0.15, "reflow": 0.3}  # all of it for other stages
+ENDS = {"flow": 0.55, "pairs": 0.7}  # of the time after the VAE; of other stages: all of it
 
 
 class Plan:
-    """The `fit` of a script, and what makes pairs, for so many seconds of the processor."""
-    def __init__(self, fit, seconds: float):
-        self.fit, self.seconds, self.steps, self.tried = fit, seconds, {}, 0
+    """The `fit` of a script, and what makes pairs, until so many seconds of the processor."""
+    def __init__(self, fit, seconds: float, paid: float):
+        self.fit, self.seconds, self.paid = fit, seconds, paid
+        self.start, self.tried, self.steps, self.minutes = time.process_time(), 0.0, {}, {}
+
+    def used(self) -> float:
+        return self.paid + time.process_time() - self.start - self.tried
+
+    def left(self, name: str) -> float:
+        """Seconds until the end of a stage."""
+        return self.paid + ENDS.get(name, 1) * (self.seconds - self.paid) - self.used()
 
     def __call__(self, args, state, name, model, loss, data, test, epochs, lr, draw=None):
         def seconds_of(steps: int) -> float:
-            start, rows = time.process_time(), steps * args.batch_size
-            few = [[x[torch.arange(rows) % len(x)] for x in data],
-                   [x[: args.batch_size] for x in test]]
-            self.fit(trial, {"path": "new", "stages": {}}, name, copy.deepcopy(model), loss, *few,
-                     1, lr)
+            start, rows = time.process_time(), torch.arange(steps * args.batch_size) % len(data[0])
+            self.fit(trial, {"path": "new", "stages": {}}, name, copy.deepcopy(model), loss,
+                     [x[rows] for x in data], test, 1, lr, draw)
             self.tried += time.process_time() - start
             return time.process_time() - start
 
-        trial = argparse.Namespace(**vars(args))
+        trial, n = argparse.Namespace(**vars(args)), 10
         trial.out_dir = args.out_dir / "trial"
         trial.out_dir.mkdir(exist_ok=True)
-        step = (seconds_of(22) - seconds_of(2)) / 20
-        rows = self.seconds * SHARES.get(name, 1) / step * args.batch_size
-        epochs = int(rows // len(data[0])) + 1
-        size = max(int(rows / epochs), args.batch_size)
+        seconds_of(2)  # the first steps are slower
+        first = seconds_of(2)
+        while (longer := seconds_of(2 + n) - first) < self.seconds / 180:
+            n *= 4
+        step = max(longer, 0.01) / n
+        epoch = max(first - 2 * step, 0)  # what comes once an epoch: test loss, checkpoint
+        full, seconds = len(data[0]) // args.batch_size or 1, self.left(name)
+        epochs = max(math.ceil(seconds / (epoch + full * step)), 1)
+        steps = min(max(int((seconds / epochs - epoch) / step), 1), full)
+        size = min(steps * args.batch_size, len(data[0]))
         even = torch.arange(size) * len(data[0]) // size  # writers differ
-        self.steps[name] = epochs * (size // args.batch_size)
-        return self.fit(args, state, name, model, loss, [x[even] for x in data], test, epochs, lr,
-                        draw)
+        self.steps[name] = epochs * steps
+        net = self.fit(args, state, name, model, loss, [x[even] for x in data], test, epochs, lr,
+                       draw)
+        self.minutes[name] = self.used() / 60
+        return net
 
     def pairs(self, args, flow, make):
-        start, parts, rng = time.process_time(), [], torch.Generator().manual_seed(args.seed)
+        parts, rng = [], torch.Generator().manual_seed(args.seed)
         with tqdm(desc="pairs") as bar:
-            while time.process_time() - start < self.seconds * SHARES["pairs"]:
+            while len(parts) < 2 or self.left("pairs") > 0:
                 parts.append(torch.stack(make(100, rng)).half())
                 bar.update(100)
         *train, test = parts
-        self.steps["pairs"] = 100 * len(train)
+        self.steps["pairs"], self.minutes["pairs"] = 100 * len(train), self.used() / 60
         return torch.cat(train, dim=1), test
 
 
@@ -106,11 +126,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--out-dir", type=Path, default=Path("runs/equal_minutes"))
-    mine, more = parser.parse_known_args()
+    mine, rest = parser.parse_known_args()
     script, pixels = importlib.import_module(SCRIPTS[mine.arm]), mine.arm in ("reflow", "guided")
     vae_folder, share = mine.out_dir / f"vae_{mine.seed}", None
-    options = ["--seed", mine.seed, "--device", "cpu",
-               "--out-dir", mine.out_dir / f"{mine.arm}_{mine.minutes:g}_{mine.seed}"]
+    name = "_".join([mine.arm, f"{mine.minutes:g}", str(mine.seed), *rest]).replace("/", "-")
+    options = ["--seed", mine.seed, "--device", "cpu", "--out-dir", mine.out_dir / name]
     if mine.arm == "vae":
         options[-1] = vae_folder
     elif not pixels:
@@ -118,7 +138,8 @@ def main() -> None:
     options += ["--batch-size", 64] if pixels else []
     options += {"clusters": ["--samples", 4, "--others", 16, "--batch-size", 50]}.get(mine.arm, [])
     options += ["--toy-steps", 16] if "07" in SCRIPTS[mine.arm] else []
-    args, start = script.parse_args([*map(str, options), *more]), time.process_time()
+    args, start = script.parse_args([*map(str, options), *rest]), time.process_time()
+    torch.set_num_threads(1)
     *parts, names = common.load_images(args)
 
     if mine.arm == "vae":  # one step of the diffusion, so that the file is complete
@@ -129,16 +150,18 @@ def main() -> None:
         (vae_folder / "seconds.json").write_text(json.dumps(seconds))
         return print(f"VAE of seed {mine.seed}: {seconds / 60:.1f} minutes")
     paid = 0 if pixels else json.loads((vae_folder / "seconds.json").read_text())
+    if paid > 54 * mine.minutes:
+        parser.error(f"--minutes: the VAE takes {paid / 60:.1f} of them")
+    script.fit = plan = Plan(script.fit, 60 * mine.minutes, paid)
+    common.kept_pairs = plan.pairs
     if mine.arm == "clusters":
         torch.manual_seed(mine.seed)
         vae = common.load(SCRIPTS["vae"], "vae", args.vae)
         parts, share = arms.into_clusters(parts, vae, 100)
         names = [str(i) for i in range(100)]
     common.load_images = lambda args: (*parts, names)
-    script.fit = plan = Plan(script.fit, 60 * mine.minutes - paid)
-    common.kept_pairs = plan.pairs
     nets = script.train(args)
-    minutes = (paid + time.process_time() - start - plan.tried) / 60
+    minutes = plan.used() / 60
 
     judge = common.load("05_compare", "judge")
     real, _ = compare.features(judge, common.to_uint8(parts[1][0]))
@@ -150,11 +173,13 @@ def main() -> None:
         if mine.arm in ("drifting", "guided"):
             made["labels"] = torch.arange(mine.samples) % 10
         row = compare.score(judge, real, made)
-        del row["without"]
+        row["error"] = compare.standard_error(row.pop("without"))
         common.save_grid(made["images"][:40] / 127.5 - 1, args.out_dir / f"samples_{name}.png",
                          f"{mine.arm}, {name}, after {minutes:.0f} minutes", 10)
-        row = {"arm": mine.arm, "sampler": name, "seed": mine.seed, "planned": mine.minutes,
-               "minutes": minutes, "vae_minutes": paid / 60, "steps": plan.steps} | row
+        row = {"arm": mine.arm, "sampler": name, "seed": mine.seed, "options": rest,
+               "planned": mine.minutes, "minutes": minutes, "vae_minutes": paid / 60,
+               "steps": plan.steps, "until": plan.minutes,
+               "hardware": common.origin(args)["hardware"]} | row
         with open(mine.out_dir / "results.jsonl", "a") as lines:
             print(json.dumps(row), file=lines)
         print(row, flush=True)

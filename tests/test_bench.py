@@ -353,21 +353,31 @@ def test_pictures_of_sets_say_their_distance(bench, run, tmp_path, monkeypatch):
 
 
 def test_the_plan_of_equal_minutes_fits_them(bench, tmp_path, monkeypatch):
-    """Steps of half a second, and 3 seconds for each call, of which it must not think as steps."""
+    """Steps of half a second, and 3 seconds for each epoch; 20 were paid, and 7 are lost before."""
     clock, seen = [0.0], []
 
     def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None):
-        clock[0] += 3 + 0.5 * epochs * (len(data[0]) // args.batch_size)
+        clock[0] += 3 * epochs + 0.5 * epochs * (len(data[0]) // args.batch_size)
         seen.append(data[0])
 
     plans = bench("equal_minutes")
     monkeypatch.setattr(plans.time, "process_time", lambda: clock[0])
-    plan, args = plans.Plan(fit, 100), argparse.Namespace(batch_size=4, out_dir=tmp_path)
-    data, test = torch.arange(100), torch.arange(8)
-    plan(args, {}, "flow", None, None, [data], [test], 40, 1e-3)
-    assert plan.steps == {"flow": 110} and len(seen[-1]) == 88  # 55 seconds, 5 epochs of 22 steps
-    assert plan.tried == 2 * 3 + 0.5 * (2 + 22)
+    plan, args = plans.Plan(fit, 200, 20), argparse.Namespace(batch_size=4, out_dir=tmp_path)
+    clock[0] += 7
+    plan(args, {}, "flow", None, None, [torch.arange(100)], [torch.arange(8)], 40, 1e-3)
+    assert plan.steps["flow"] == 6 * 24 and len(seen[-1]) == 96  # 92 seconds: 15.3 an epoch
+    assert plan.minutes["flow"] == pytest.approx((20 + 7 + 6 * 15) / 60)
     assert seen[-1].diff().min() >= 1 and seen[-1][-1] > 97  # from all of the file
+
+    def make(n, rng):
+        clock[0] += 1
+        return [torch.zeros(n, 1)] * 2
+
+    pairs, test = plan.pairs(argparse.Namespace(seed=0), None, make)
+    assert plan.minutes["pairs"] * 60 == 20 + 0.7 * 180 and pairs.shape == (2, 2800, 1)
+    assert test.shape == (2, 100, 1)
+    plan(args, {}, "reflow", None, None, [torch.arange(100)], [torch.arange(8)], 40, 1e-3)
+    assert 195 < plan.minutes["reflow"] * 60 <= 200  # nothing is lost, nor taken
 
 
 def test_methods_after_equally_many_minutes(run, digits, tmp_path):
