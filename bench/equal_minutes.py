@@ -16,6 +16,8 @@ for longer trainings, but for those of 07.
     meanflow        06, by one, two, five calls     guided          03, told the class, batches of
                                                                     64; by DDIM with 20 calls
 
+    picture         ten images of each line of a seed, from the same noise if of one shape
+
 What else is typed goes to the script (but --samples, which is for 5,000 to score). Adds a line for
 each sampler to results.jsonl in --out-dir: Fréchet distance and so on, the steps of each stage
 (of `pairs` their number), and the minutes at its end.
@@ -121,12 +123,14 @@ def samplers_of(arm: str, nets: dict, share) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("arm", choices=SCRIPTS)
+    parser.add_argument("arm", choices=[*SCRIPTS, "picture"])
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--out-dir", type=Path, default=Path("runs/equal_minutes"))
     mine, rest = parser.parse_known_args()
+    if mine.arm == "picture":
+        return draw_picture(mine)
     script, pixels = importlib.import_module(SCRIPTS[mine.arm]), mine.arm in ("reflow", "guided")
     vae_folder, share = mine.out_dir / f"vae_{mine.seed}", None
     name = "_".join([mine.arm, f"{mine.minutes:g}", str(mine.seed), *rest]).replace("/", "-")
@@ -174,15 +178,28 @@ def main() -> None:
             made["labels"] = torch.arange(mine.samples) % 10
         row = compare.score(judge, real, made)
         row["error"] = compare.standard_error(row.pop("without"))
+        torch.save(made["images"][:40], args.out_dir / f"samples_{name}.pt")
         common.save_grid(made["images"][:40] / 127.5 - 1, args.out_dir / f"samples_{name}.png",
                          f"{mine.arm}, {name}, after {minutes:.0f} minutes", 10)
         row = {"arm": mine.arm, "sampler": name, "seed": mine.seed, "options": rest,
                "planned": mine.minutes, "minutes": minutes, "vae_minutes": paid / 60,
-               "steps": plan.steps, "until": plan.minutes,
+               "steps": plan.steps, "until": plan.minutes, "folder": args.out_dir.name,
                "hardware": common.origin(args)["hardware"]} | row
         with open(mine.out_dir / "results.jsonl", "a") as lines:
             print(json.dumps(row), file=lines)
         print(row, flush=True)
+
+
+def draw_picture(mine) -> None:
+    rows = [json.loads(line) for line in (mine.out_dir / "results.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if (row["seed"], row["planned"]) == (mine.seed, mine.minutes)]
+    rows.sort(key=lambda row: row["distance"])
+    images = [torch.load(mine.out_dir / row["folder"] / f"samples_{row['sampler']}.pt")[:10]
+              for row in rows]
+    names = [f"{row['arm']}, {row['sampler']}\n{row['distance']:.3g}" for row in rows]
+    common.save_grid(torch.cat(images) / 127.5 - 1, mine.out_dir / "samples.png",
+                     f"After {mine.minutes:g} minutes of one core; Fréchet distance, "
+                     f"N = {rows[0]['N']:,}", 10, names)
 
 
 def cut(args, state, name, model, loss, data, test, epochs, lr):

@@ -392,3 +392,5 @@ def test_methods_after_equally_many_minutes(run, digits, tmp_path):
     assert [row["arm"] for row in rows] == ["clusters", *3 * ["meanflow"], *4 * ["latent-reflow"]]
     assert all(row["N"] == 60 and row["distance"] > 0 and row["vae_minutes"] for row in rows)
     assert rows[-1]["steps"].keys() == {"flow", "pairs", "reflow"}
+    run("equal_minutes", "picture", *typed, "--minutes", 0.05)
+    assert (tmp_path / "samples.png").exists()
