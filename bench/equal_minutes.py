@@ -15,8 +15,7 @@ for longer trainings, but for those of 07.
     clusters        07, 100 clusters for classes    reflow          04, the same, batches of 64
     meanflow        06, by one, two, five calls     guided          03, told the class, batches of
                                                                     64; by DDIM with 20 calls
-
-    picture         ten images of each line of a seed, from the same noise if of one shape
+    picture         ten images of each by one call, and by AB2 and DDIM
 
 What else is typed goes to the script (but --samples, which is for 5,000 to score). Adds a line for
 each sampler to results.jsonl in --out-dir: Fréchet distance and so on, the steps of each stage
@@ -192,7 +191,8 @@ def main() -> None:
 
 def draw_picture(mine) -> None:
     rows = [json.loads(line) for line in (mine.out_dir / "results.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if (row["seed"], row["planned"]) == (mine.seed, mine.minutes)]
+    rows = [row for row in rows if (row["seed"], row["planned"]) == (mine.seed, mine.minutes)
+            and any(kind in row["sampler"] for kind in ("1 call", "AB2", "DDIM"))]
     rows.sort(key=lambda row: row["distance"])
     images = [torch.load(mine.out_dir / row["folder"] / f"samples_{row['sampler']}.pt")[:10]
               for row in rows]
