@@ -49,10 +49,9 @@ to 0 at the end. To sample, we take an average of the weights. See fit().
     python 01_ddpm_ddim.py --sample-only                no training: the shipped weights
 
 Measured: 40 epochs take 4.7 hours on one core of an Intel Xeon, beside other work. Then 5,000
-samples by DDIM-100 have a Fréchet distance of 0.153 to the test digits (05_compare.py; lower
-is better; mean of three seeds); training digits have 0.045. Read twice, 57 and 55 of its
-first 64 digits were clear. (On an NVIDIA H200, 20 epochs, with two blocks fewer at 7x7, took
-69 seconds.)
+samples by DDIM-100 have a Fréchet distance of 0.153 (05_compare.py; lower is better; mean of
+three seeds), training digits 0.045. Read twice, 57 and 55 of its first 64 digits were clear.
+(On an NVIDIA H200, 20 epochs with two blocks fewer at 7x7 took 69 seconds.)
 Left out: the likelihood (Ho, section 3); learned variances; networks that predict ε or x_0.
 """
 

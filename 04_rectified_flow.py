@@ -31,9 +31,8 @@ Lines between random pairs cross, so the loss never gets to 0. Training: as 01, 
 Why does the network predict an image, and not v? v contains the noise of every pixel, which
 a network cannot copy exactly: some grey stays in the black. With x̂_1, the last step (of up
 to 100) ends at x̂_1 itself, and black is easy to predict: one step after a reflow is much
-better, though the flow before it is worse, by 10% with ten steps (EXPERIMENTS.md). But v_θ
-divides by 1-t, so we take at least 0.01 for that, and after t = 0.95 weigh errors of v by
-(1-t) / 0.05.
+better, though the flow before it is worse (by 10% with ten steps). But v_θ divides by 1-t, so
+we take at least 0.01 for that, and after t = 0.95 weigh errors of v by (1-t) / 0.05.
 
 Euler's step takes the velocity at its start. AB2 estimates that at the middle of the step:
 v here and one step ago tell how it changes, without another call. Its steps get longer, as

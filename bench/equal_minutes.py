@@ -29,6 +29,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,6 +43,9 @@ arms = importlib.import_module("drifting_arms")
 SCRIPTS = {"vae": "02_latent_diffusion", "drifting": "07_drifting", "clusters": "07_drifting",
            "meanflow": "06_meanflow", "latent-reflow": "04b_latent_rflow",
            "reflow": "04_rectified_flow", "guided": "03_cfg"}
+TITLES = {"drifting": "drifting, told the class", "clusters": "drifting, 100 clusters",
+          "meanflow": "MeanFlow", "latent-reflow": "latent", "reflow": "pixels",
+          "guided": "03, told the class"}
 ENDS = {"flow": 0.55, "pairs": 0.7}  # of the time after the VAE; of other stages: all of it
 
 
@@ -145,9 +149,8 @@ def main() -> None:
     torch.set_num_threads(1)
     *parts, names = common.load_images(args)
 
-    if mine.arm == "vae":  # one step of the diffusion, so that the file is complete
-        fit = script.fit
-        script.fit = lambda *a, **more: fit(*(a if a[2] == "vae" else cut(*a)), **more)
+    if mine.arm == "vae":
+        script.fit = partial(fit_the_vae, script.fit)
         script.train(args)
         seconds = time.process_time() - start
         (vae_folder / "seconds.json").write_text(json.dumps(seconds))
@@ -196,15 +199,17 @@ def draw_picture(mine) -> None:
     rows.sort(key=lambda row: row["distance"])
     images = [torch.load(mine.out_dir / row["folder"] / f"samples_{row['sampler']}.pt")[:10]
               for row in rows]
-    names = [f"{row['arm']}, {row['sampler']}\n{row['distance']:.3g}" for row in rows]
+    names = [f"{TITLES[row['arm']]}: {row['sampler']}\n{row['distance']:.3g}" for row in rows]
     common.save_grid(torch.cat(images) / 127.5 - 1, mine.out_dir / "samples.png",
                      f"After {mine.minutes:g} minutes of one core; Fréchet distance, "
                      f"N = {rows[0]['N']:,}", 10, names)
 
 
-def cut(args, state, name, model, loss, data, test, epochs, lr):
-    data, test = ([x[: args.batch_size] for x in part] for part in (data, test))
-    return args, state, name, model, loss, data, test, 1, lr
+def fit_the_vae(fit, args, state, name, model, loss, data, test, epochs, lr, draw=None):
+    """The diffusion learns for one step alone, so that the file is complete."""
+    if name != "vae":
+        data, epochs = [x[: args.batch_size] for x in data], 1
+    return fit(args, state, name, model, loss, data, test, epochs, lr, draw)
 
 
 if __name__ == "__main__":
