@@ -23,6 +23,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -97,11 +98,11 @@ def main() -> None:
         torch.manual_seed(mine.seed)
         parts, share = into_clusters(parts, vae, k)
         names = [str(i) for i in range(k)]
-    common.load_images = lambda args: (*parts, names)
+    field, loss = drifting.drifting_field, partial(drifting.drifting_loss, taus=mine.tau)
     if mine.sinkhorn:
-        drifting.drifting_field = partial(sinkhorn_field, rounds=mine.sinkhorn)
-    drifting.drifting_loss = partial(drifting.drifting_loss, taus=mine.tau)
-    with torch.enable_grad():
+        field = partial(sinkhorn_field, rounds=mine.sinkhorn)
+    with (torch.enable_grad(), patch.object(common, "load_images", lambda args: (*parts, names)),
+          patch.multiple(drifting, drifting_field=field, drifting_loss=loss)):
         net = drifting.train(args)["drifting"]
     seconds = time.process_time() - start
 

@@ -31,6 +31,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
@@ -150,23 +151,23 @@ def main() -> None:
     *parts, names = common.load_images(args)
 
     if mine.arm == "vae":
-        script.fit = partial(fit_the_vae, script.fit)
-        script.train(args)
+        with patch.object(script, "fit", partial(fit_the_vae, script.fit)):
+            script.train(args)
         seconds = time.process_time() - start
         (vae_folder / "seconds.json").write_text(json.dumps(seconds))
         return print(f"VAE of seed {mine.seed}: {seconds / 60:.1f} minutes")
     paid = 0 if pixels else json.loads((vae_folder / "seconds.json").read_text())
     if paid > 54 * mine.minutes:
         parser.error(f"--minutes: the VAE takes {paid / 60:.1f} of them")
-    script.fit = plan = Plan(script.fit, 60 * mine.minutes, paid)
-    common.kept_pairs = plan.pairs
+    plan = Plan(script.fit, 60 * mine.minutes, paid)
     if mine.arm == "clusters":
         torch.manual_seed(mine.seed)
         vae = common.load(SCRIPTS["vae"], "vae", args.vae)
         parts, share = arms.into_clusters(parts, vae, 100)
         names = [str(i) for i in range(100)]
-    common.load_images = lambda args: (*parts, names)
-    nets = script.train(args)
+    with (patch.object(script, "fit", plan), patch.object(common, "kept_pairs", plan.pairs),
+          patch.object(common, "load_images", lambda args: (*parts, names))):
+        nets = script.train(args)
     minutes = plan.used() / 60
 
     judge = common.load("05_compare", "judge")

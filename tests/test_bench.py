@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from double import on_cuda
-from scripts import ROOT, compare, ddpm, drifting, flow, latent, options
+from scripts import DRAWING, ROOT, compare, ddpm, flow, latent, options
 
 import common
 
@@ -37,10 +37,12 @@ def cuda(request):
 
 @pytest.fixture
 def run(bench, monkeypatch):
-    """run("recipe", "01"): its main(), with what is typed."""
+    """run("recipe", "01"): its main(), with what is typed. It leaves the modules as they were."""
     def run(script, *typed):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, typed)])
-        bench(script).main()
+        main, before = bench(script).main, [dict(vars(module)) for module in (common, *DRAWING)]
+        main()
+        assert before == [vars(module) for module in (common, *DRAWING)]
     return run
 
 
@@ -285,10 +287,8 @@ def test_k_means_finds_clusters_that_lie_apart(bench):
 
 
 @pytest.mark.parametrize(("typed", "classes"), [(["-k", 25], 25), (["-k", 0, "--sinkhorn", 3], 10)])
-def test_an_arm_of_drifting(typed, classes, run, digits, tmp_path, monkeypatch):
+def test_an_arm_of_drifting(typed, classes, run, digits, tmp_path):
     digits(200)
-    for name in ("drifting_field", "drifting_loss"):
-        monkeypatch.setattr(drifting, name, getattr(drifting, name))  # so they are put back
     run("drifting_arms", *typed, "--epochs", 1, "--samples", 60, "--out-dir", tmp_path)
     result = json.loads((tmp_path / "results.jsonl").read_text())
     assert result["k"] == typed[1] and len(result["distances"]) == 3 and result["seconds"] > 0
