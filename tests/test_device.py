@@ -181,7 +181,7 @@ def test_another_device_leaves_the_function_alone(tmp_path):
     assert common.recorded(len, args) is len
 
 
-@pytest.mark.parametrize("module", [ddpm, flow, compare])
+@pytest.mark.parametrize("module", [ddpm, latent_flow, compare])
 def test_a_recorded_step_learns_what_python_would(module, cuda, graphs, tmp_path):
     """Six steps and a resumed run of as many: other batches, rates and noise in each; on the
     double bit for bit. A GPU rounds in another order: there only the loss is alike."""
