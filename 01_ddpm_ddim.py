@@ -46,11 +46,11 @@ to 0 at the end. To sample, we take an average of the weights. See fit().
 
     python 01_ddpm_ddim.py                              40 epochs, for a GPU
     python 01_ddpm_ddim.py --epochs 5 --batch-size 64   300,000 images, for a CPU
-    python 01_ddpm_ddim.py --sample-only                no training: the shipped weights
+    python 01_ddpm_ddim.py --sample-only                your last run's weights, or ours
 
 Measured: 40 epochs take 4.7 hours on one core of an Intel Xeon, beside other work. Then 5,000
 samples by DDIM-100 have a Fréchet distance of 0.153 (05_compare.py; lower is better; mean of
-three seeds), training digits 0.045. Read twice, 57 and 55 of its first 64 digits were clear.
+three seeds), training digits 0.045. Two readers found 57 and 55 of the first 64 clear.
 (On an NVIDIA H200, 20 epochs with two blocks fewer at 7x7 took 69 seconds.)
 Left out: the likelihood (Ho, section 3); learned variances; networks that predict ε or x_0.
 """
@@ -147,7 +147,7 @@ class Schedule(NamedTuple):
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced (after
     Nichol & Dhariwal 2021, Eq. 17), from 0.01 to π/2 - 0.01 for any T. So at t = 0 a little noise
-    is left, as the samplers divide by 1-ᾱ_t, and at t = T-1 0.01 of the image, hidden."""
+    is left, as the samplers divide by 1-ᾱ_t, and at t = T-1 1% of the image, in noise."""
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # ᾱ_t comes first; α_t and β_t follow from it
     alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1
@@ -241,7 +241,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                          for net in (ema, model))
 
     def step(*batch: Tensor) -> Tensor:
-        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
+        """On CUDA recorded and replayed: only work for the GPU may stand here."""
         value = loss(model, *batch)
         model.zero_grad()
         value.backward()

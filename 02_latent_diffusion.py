@@ -9,18 +9,18 @@ but few z from N(0, I) decode to digits. So stage two trains the diffusion of 01
 
     q(z|x)   = N(µ, diag σ²),  z = µ + σ e,  e ~ N(0, I)    Kingma & Welling 2014, section 3
     VAE loss = -log p(x|z) + w KL(q(z|x) ‖ N(0, I))         w = 1: minus their Eq. 10
-    x_0 = (z R - mean) / std for each of the 64; x_t, v, loss, samplers, learning: as in 01
+    x_0 = (z R - mean) / std, R: see below; x_t, v, loss, samplers, learning: as in 01
 
     paper           code                      shape
     µ, log σ², z, e mu, logvar, z, e          (B, 64)
     x_0, x_t, ε, v  x0, x_t, noise, v         (B, 1, 8, 8); x_0 standardised, like ε
 
-Why 1x8x8, and why R? Convolutions expect neighbours that belong together, as in the latents
-of Rombach et al. 2022. Ours come from a linear layer, in no order. After a rotation, each
-number of z R changes mainly its own place. (After 3 epochs: half the Fréchet distance.)
+Why 1x8x8, and why R? Convolutions expect a grid whose neighbours belong together, as in the
+latents of Rombach et al. 2022. The z of our linear layer has no order. After a rotation R, each
+number of z R changes mainly one place of the image. (That halves the distance of 3 epochs.)
 
     python 02_latent_diffusion.py                  two hours on a core of an Intel Xeon
-    python 02_latent_diffusion.py --sample-only    no training: the shipped weights
+    python 02_latent_diffusion.py --sample-only    your last run's weights, or ours
 
 Fréchet distance (05; 5,000 by DDIM-100; mean of three seeds): 0.201; of 01 0.153.
 """
@@ -161,13 +161,13 @@ def make_models(width: int, timesteps: int, device: str = "cpu") -> dict[str, nn
 def blob_rotation(decode, mean: Tensor) -> Tensor:
     """The rotation (or reflection) R (64, 64): then each number of z R draws its own place.
     D (64, 784), the decoder's derivative at the mean z (64,): row i is what number i of z draws.
-    z D = z R RᵀD, so those of z R draw RᵀD. It shall be near T (64, 784), blobs on an 8x8 grid:
-    with D Tᵀ = U S Vᵀ, ‖RᵀD - T‖ is least for R = U Vᵀ (Schönemann 1966: Procrustes problem)."""
+    z D = (z R) (RᵀD), so number j of z R draws row j of RᵀD. Let that be near G, blobs on a grid:
+    with D Gᵀ = U S Vᵀ, ‖RᵀD - G‖ is least for R = U Vᵀ (Schönemann 1966: Procrustes problem)."""
     D = torch.autograd.functional.jacobian(lambda z: decode(z[None]).flatten(), mean).T.cpu()
     pixels, middles = torch.arange(28.0), torch.linspace(5, 22, 8)  # where digits have ink
     bump = torch.exp(-0.5 * ((pixels - middles[:, None]) / 2.5) ** 2)  # (8, 28)
-    T = F.normalize(torch.einsum("iy,jx->ijyx", bump, bump).reshape(64, 784))
-    U, _, Vh = torch.linalg.svd(D @ T.T)
+    G = F.normalize(torch.einsum("iy,jx->ijyx", bump, bump).reshape(64, 784))
+    U, _, Vh = torch.linalg.svd(D @ G.T)
     return U @ Vh
 
 
@@ -193,7 +193,7 @@ class Schedule(NamedTuple):
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced (after
     Nichol & Dhariwal 2021, Eq. 17), from 0.01 to π/2 - 0.01 for any T. So at t = 0 a little noise
-    is left, as the samplers divide by 1-ᾱ_t, and at t = T-1 0.01 of the image, hidden."""
+    is left, as the samplers divide by 1-ᾱ_t, and at t = T-1 1% of the image, in noise."""
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # ᾱ_t comes first; α_t and β_t follow from it
     alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1
@@ -268,7 +268,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                          for net in (ema, model))
 
     def step(*batch: Tensor) -> Tensor:
-        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
+        """On CUDA recorded and replayed: only work for the GPU may stand here."""
         value = loss(model, *batch)
         model.zero_grad()
         value.backward()
@@ -309,7 +309,7 @@ def train(args) -> dict[str, nn.Module]:
               lambda model, x, labels: vae_loss(model, x, args.kl_weight), data, test,
               args.vae_epochs, args.lr, draw=lambda model: model.decode(noise.flatten(1)))
     mu, logvar = encode_all(vae, data[0])
-    if "diffusion" not in state["stages"]:  # else that has learned with this R, and it stays
+    if "diffusion" not in state["stages"]:  # else the U-Net has learned with this R: keep it
         vae.R.copy_(blob_rotation(vae.decode, mu.mean(0)))
         vae.mean.copy_((mu @ vae.R).mean(0))
         vae.std.copy_(((mu @ vae.R).var(0) + logvar.exp().mean(0) @ vae.R**2).sqrt())  # of z R

@@ -18,7 +18,7 @@ vs 04: the network predicts v itself. Exact black is hard for v, but the decoder
 network is that of 02, and learns as in 01 (the reflow with a rate of 0.001).
 
     python 04b_latent_rflow.py                  for a GPU; three hours on a core of an Intel Xeon
-    python 04b_latent_rflow.py --sample-only    no training: the shipped weights
+    python 04b_latent_rflow.py --sample-only    your last run's weights, or ours
 
 Fréchet distances of 5,000 samples, one seed (real digits: 0.045), and S of 16 latent paths:
     steps         1      2      5      10     100    S
@@ -257,7 +257,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                          for net in (ema, model))
 
     def step(*batch: Tensor) -> Tensor:
-        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
+        """On CUDA recorded and replayed: only work for the GPU may stand here."""
         value = loss(model, *batch)
         model.zero_grad()
         value.backward()
@@ -310,7 +310,7 @@ def train(args) -> dict[str, nn.Module]:
     net = common.recorded(flow, args)
     pairs, test = common.kept_pairs(args, flow, lambda n, rng: make_pairs(
         net, n, args.pair_steps, rng, args.device))
-    models["reflow"].load_state_dict(flow.state_dict())  # with --resume, fit() has its own
+    models["reflow"].load_state_dict(flow.state_dict())  # on --resume, fit() loads its own
     reflow = fit(args, state, "reflow", models["reflow"], reflow_loss, pairs, test,
                  args.reflow_epochs, args.reflow_lr,
                  draw=lambda model: vae.to_images(euler_sample(model, noise, 1)))

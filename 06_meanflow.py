@@ -3,7 +3,7 @@
 CAREFUL: as in 04, x_0 is the NOISE, and x_1 the data, here a latent of 02.
 
 For one step, 04b needs a reflow: it trains on pairs of noise and latent that its flow made.
-MeanFlow learns one step from latents alone. Its network does not predict the velocity at a
+MeanFlow learns one step from latents alone. Its network predicts not the velocity v at a
 point of the path, but the average velocity u from there to a later time r. Then one step of
 u from t = 0 to r = 1 would reach the data, however much the path bends. To average v, we would
 have to follow the path, in many steps. But u obeys a law at each point, which needs only v
@@ -21,12 +21,12 @@ there and the change of u along the path, and both can be had from data and netw
     ε, x, z_t       x0, x1, x_t               (B, 1, 8, 8): noise, data, and between them
     t >= r          t <= r                    (B,) from 0, noise, to 1, data: 1 minus theirs
     u_θ(z_t, r, t)  model(x_t, t, r)          (B, 1, 8, 8), minus theirs, as is v
-    du/dt           du_dt                     the same as theirs, since u and t both change sign
+    du/dt           total_derivative(...)     the same as theirs, since u and t both change sign
 
 Where does the law come from? Write (r-t) u = ∫ v ds, and differentiate both sides by t along
 the path. By the product rule, and as t is the lower end of the integral: -u + (r-t) du/dt = -v.
-Conversely, if u obeys the law, both sides change alike with t, and are 0 at t = r: so they are
-equal. (The path follows v; it leaves the line from x_0 to x_1 on which the loss takes its x_t.)
+Conversely, if u obeys the law, (r-t) u and ∫ v ds change alike with t, and are 0 at t = r: they
+are equal. (The path follows v; it leaves the line from x_0 to x_1 where the loss takes its x_t.)
 
 The law contains v twice. For the first, x_1 - x_0 will do: a squared error is least at the mean,
 and the mean of x_1 - x_0 at x_t is v. In du/dt it would do, too, but is noisy; there we take the
@@ -35,15 +35,15 @@ is x_1 - x_0, as for a flow, and the network learns v. The loss never gets to 0,
 
 Why other sinusoids than in 04b? du/dt contains their derivative. Those of 04b turn by up to 1000
 rad while t goes from 0 to 1, so a small error of the network becomes a large one of du/dt. Ours
-turn by at most 1 rad. Data are means µ, as in 07, for the noise of z says nothing. The network
+turn by at most 1 rad. Data are means µ, as in 07: a draw of z only adds noise. The network
 learns as in 01.
 
 Left out: Geng et al. divide the squared error of each image by about itself, held constant.
-With that too many digits were a 1: after half an hour of a core, one step had a Fréchet
+With that, too many digits were a 1: after half an hour of a core, one step had a Fréchet
 distance of 1.02, without it of 0.65 (EXPERIMENTS.md).
 
     python 06_meanflow.py                    140 minutes on a core of an Intel Xeon
-    python 06_meanflow.py --sample-only      no training: the shipped weights
+    python 06_meanflow.py --sample-only      your last run's weights, or ours
 
 Fréchet distances of 5,000 samples, one seed (real digits: 0.045):
     steps              1      2      5      10
@@ -198,7 +198,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                          for net in (ema, model))
 
     def step(*batch: Tensor) -> Tensor:
-        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
+        """On CUDA recorded and replayed: only work for the GPU may stand here."""
         value = loss(model, *batch)
         model.zero_grad()
         value.backward()

@@ -27,7 +27,7 @@ progress.png, not the loss.) So 40 of a class learn, and 160 more, without gradi
 It learns by AdamW (rate 0.001, falling to 0; weight decay 0.01), and averaged weights sample.
 
     python 07_drifting.py                         28 minutes on one core of an AMD EPYC (AVX2)
-    python 07_drifting.py --digits 3141592653     these, from the shipped weights
+    python 07_drifting.py --digits 3141592653     these, by your weights or ours
 
 Fréchet distance of 5,000: 0.103 (99.2% read as asked); 03 by 100 calls (s = 1) 0.105;
 training digits 0.062. Left out: an encoder, guidance. No labels? bench/drifting_arms.py.
@@ -179,7 +179,7 @@ def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None) -> nn
                          for net in (ema, model))
 
     def step(*batch: Tensor) -> Tensor:
-        """On CUDA recorded and replayed: only work for the GPU may stand in here."""
+        """On CUDA recorded and replayed: only work for the GPU may stand here."""
         value = loss(model, *batch)
         model.zero_grad()
         value.backward()
