@@ -7,9 +7,11 @@
 Each method gets as many minutes of the processor (not of the clock), from scratch, by the `train`
 of its script. Of those in the latent the VAE takes its minutes first: `vae` trains that of a seed
 (20 epochs, as in 02). We time some steps of a stage, and plan as many as fit: the learning rate
-falls to 0 at their end. Samples and scores are not counted. Flow, pairs and reflow get 55, 15 and
-30% of the time, one choice for both. All other options are those of the scripts, which are meant
-for longer trainings, but for those of 07.
+falls to 0 at their end, and all images come equally often, or once more. (Until 2026-12-01 an
+arm of few passes saw a part of the images, one of two passes only half of them, each twice.)
+Samples and scores are not counted. Flow, pairs and reflow get 55, 15 and 30% of the time, one
+choice for both. All other options are those of the scripts, which are meant for longer trainings,
+but for those of 07.
 
     drifting        07, told the class              latent-reflow   04b, by one, two and five calls
     clusters        07, 100 clusters for classes    reflow          04, the same, batches of 64
@@ -81,10 +83,11 @@ class Plan:
         step = max(longer, 0.01) / n
         epoch = max(first - 2 * step, 0)  # what comes once an epoch: test loss, checkpoint
         full, seconds = len(data[0]) // args.batch_size or 1, self.left(name)
-        epochs = max(math.ceil(seconds / (epoch + full * step)), 1)
-        steps = min(max(int((seconds / epochs - epoch) / step), 1), full)
-        size = min(steps * args.batch_size, len(data[0]))
-        even = torch.arange(size) * len(data[0]) // size  # writers differ
+        passes = math.ceil(seconds / (epoch + full * step))
+        epochs = passes if passes > 10 else 1  # few passes: one long epoch, which leaves out none
+        steps = max(int((seconds / epochs - epoch) / step), 1)
+        size = steps * args.batch_size
+        even = torch.arange(size) * len(data[0]) // size  # all alike often, or once more
         self.steps[name] = epochs * steps
         net = self.fit(args, state, name, model, loss, [x[even] for x in data], test, epochs, lr,
                        draw)
