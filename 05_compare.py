@@ -19,14 +19,12 @@ So each size N has its own table and floor: the mean FD of ten draws of N traini
 (as many of each class if a set has that, as for 03 and 07). Claims compare times, shares
 misread, or distances minus the floor. One is open if luck may decide: within two standard
 errors of its limit. (For the error of a distance we leave out each twentieth of a set in
-turn; it tells the luck of the noise, not that of another training.)
+turn; it tells the luck of the noise, not that of another training.) A high recall alone proves
+little (scattered samples have a large R), nor does precision where one digit is far from all.
 
-    python 05_compare.py                       score what --eval-samples left in runs/
+    python 05_compare.py                       score what --eval-samples left in runs/SCRIPT/
     python 05_compare.py FILE.pt FOLDER        score these: a .pt, or a folder of pictures
     python 05_compare.py --train-judge         train the classifier again, on --dataset
-
-The classifier reads 99.66% of the test digits. A high recall alone proves little (scattered
-samples have a large R), nor does precision where one digit is far from all others.
 """
 
 import importlib
@@ -56,6 +54,8 @@ def parse_args(argv: list[str] | None = None):
     first = parser.parse_args(argv or [])
     parser.set_defaults(sample_only=not (first.train_judge or first.resume or first.fast_dev))
     args = common.parse(parser, argv, tiny, sampling=["files", "train_judge", "runs"])
+    if args.runs and not args.runs.is_dir():
+        parser.error(f"--runs: there is no folder {args.runs}")
     args.runs = args.runs or args.out_dir.parent
     if args.eval_samples < 5 or args.batch_size < 2:
         parser.error("--eval-samples must be at least 5, --batch-size at least 2")
@@ -144,13 +144,14 @@ def floor_of(judge: Judge, real: Tensor, phi: Tensor, training: dict, n: int, ev
     rng, draws, labels = torch.Generator().manual_seed(0), [], training["labels"]
     for _ in range(10):
         draw = torch.randperm(len(phi), generator=rng)
-        if even:  # the first of each class, then the second, ...
+        if even:  # the first of each class, the second, ..., until one has no more
             turn = F.one_hot(labels[draw]).cumsum(0).gather(1, labels[draw, None])[:, 0]
-            draw = draw[turn.argsort(stable=True)]
+            counts = labels.unique(return_counts=True)[1]
+            draw = draw[turn.argsort(stable=True)][: len(counts) * counts.min()]
         draws.append(draw[:n])
     distances = torch.tensor([frechet_distance(real, phi[draw]) for draw in draws])
     row = score(judge, real, {key: part[draws[0]] for key, part in training.items()})
-    shared = min(n / len(phi), 1)  # of two draws: this makes them more alike
+    shared = row["N"] / len(phi)  # of two draws: this makes them more alike
     row["error"] = distances.std().item() / (1 - shared) ** 0.5 if shared < 1 else None
     row["method"] = "training images" + ", classes alike" * even
     return row | {"distance": distances.mean().item()}
@@ -259,12 +260,9 @@ def judge_rule(a: dict, b: dict, key: str, limit: float) -> tuple[str, str]:
             error = ((p - p * p) / a["N"] + times**2 * (q - q * q) / b["N"]) ** 0.5
         return (times * b[key] - a[key]) / max(error, 1e-9)
 
+    verdict = "as good" if margin(limit) > 2 else "worse" if margin(limit) < -2 else "open"
     if margin(1) > 2:
         verdict = "better"
-    elif margin(limit) > 2:
-        verdict = "as good"
-    else:
-        verdict = "worse" if margin(limit) < -2 else "open"
     return verdict, figures + (f", {a[key] / b[key]:.3g} times" if min(a[key], b[key]) > 0 else "")
 
 
@@ -322,6 +320,7 @@ def draw(args, n: int, rows: list[dict], floor: float) -> None:
         axes.legend(loc="upper right")
         axes.figure.savefig(args.out_dir / f"quality_{x}_{n}.png", bbox_inches="tight", dpi=120)
     swept = [row for row in rows if row.get("guidance") is not None and row["sampler"] == "DDIM"]
+    swept = [row for row in swept if row["steps"] == swept[-1]["steps"]]  # the most
     lines = {HEADINGS[key]: points for key in ("distance", "accuracy", "precision", "recall")
              if (points := [(row["guidance"], row[key]) for row in swept if key in row])}
     if swept:
@@ -356,9 +355,10 @@ def make_figures(args, judge: Judge) -> None:
         chosen = [row for row in rows if row["N"] == n]
         kinds = sorted({False, *("classes" in row for row in chosen)})  # even or not
         floors = {even: floor_of(judge, real, phi, training, n, even) for even in kinds}
-        for row in chosen if floors[False]["N"] == n else []:  # else too few training images
-            row["above"] = row["distance"] - floors["classes" in row]["distance"]
-            row["error"] = standard_error(row["without"])
+        for row in chosen:
+            if (floor := floors["classes" in row])["N"] == n:  # else too few training images
+                row["above"] = row["distance"] - floor["distance"]
+                row["error"] = standard_error(row["without"])
         text += f"\nSets of N = {n:,} (floor: {floors[False]['N']:,}):\n\n"
         text += score_table([*chosen, *floors.values()])
         if not args.files:

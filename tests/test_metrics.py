@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 import torch
-from scripts import ROOT, compare, one_line, options
+from scripts import ROOT, compare, one_line, options, usage_error
 from torchvision.transforms.functional import gaussian_blur, to_pil_image
 
 import common
@@ -190,11 +190,12 @@ def test_a_floor_can_have_as_many_of_each_class(monkeypatch):
             fake[:, 0].long().bincount(minlength=3).tolist()) or 1.0)
         training = {"images": flat_images([i % 256 for i in range(200)]), "labels": labels}
         row = compare.floor_of(Pixels(), real, phi, training, n, even)
+        assert row["N"] == sum(counts[0])
         return row["method"], counts[:10]
 
-    method, counts = drawn(60, even=True)
-    assert method == "training images, classes alike" and counts == [[20, 20, 20]] * 10
-    assert drawn(90, even=True)[1] == [[40, 30, 20]] * 10  # there are no more of classes 1 and 2
+    method, counts = drawn(30, even=True)
+    assert method == "training images, classes alike" and counts == [[10, 10, 10]] * 10
+    assert drawn(90, even=True)[1] == [[20, 20, 20]] * 10  # there are no more of class 2
     method, counts = drawn(60, even=False)
     assert method == "training images" and min(count[0] for count in counts) > 30
 
@@ -380,6 +381,7 @@ def write_set(folder, name: str, n: int, seconds: float, seed: int = 0, **made):
 
 def compared(judge, folder, *more: str) -> str:
     """comparison.md of what is in folder/runs."""
+    (folder / "runs").mkdir(exist_ok=True)
     args = compare.parse_args(options(folder / "out", "--runs", str(folder / "runs"), *more))
     args.out_dir.mkdir()
     compare.make_figures(args, judge)
@@ -483,6 +485,7 @@ def test_a_floor_of_fewer_digits_than_the_set_says_so_and_guidance_may_be_none(j
 
 def test_a_sweep_without_any_class_has_no_accuracy_to_draw(judge, tmp_path, monkeypatch):
     file = write_set(tmp_path / "runs" / "03_cfg", "DDIM", 20, 2.0, guidance=0.0)
+    write_set(tmp_path / "runs" / "03_cfg", "DDIM_20", 20, 2.0, guidance=1.0, steps=20)
     made = torch.load(file, weights_only=True)
     del made["labels"]  # as 03 leaves them out where no class was asked for
     torch.save(made, file)
@@ -490,9 +493,12 @@ def test_a_sweep_without_any_class_has_no_accuracy_to_draw(judge, tmp_path, monk
     monkeypatch.setattr(common, "save_plot", lambda path, lines, **labels: drawn.update(lines))
     compared(judge, tmp_path)
     assert {*drawn} == {"Fréchet distance", "precision", "recall"}
+    assert [scale for scale, _ in drawn["recall"]] == [0]  # that of 20 steps is left out
 
 
-def test_without_any_sets_the_floor_stands_alone(judge, tmp_path):
+def test_without_any_sets_the_floor_stands_alone(judge, tmp_path, capsys):
+    typed = options(tmp_path / "out", "--runs", str(tmp_path / "none"))
+    assert "--runs: there is no folder" in usage_error(compare, typed, capsys)
     text = compared(judge, tmp_path)
     assert [row["method"] for row in tables(text)[0]] == ["training images"]
     assert "no seconds for 16 of diffusion DDIM 100" in text
