@@ -21,6 +21,12 @@ if [ "${1-}" = --dry-run ]; then
     out=${2:?a folder for the results} samples=10 few=5 small="--fast-dev --epochs 1" how=$small
 fi
 mkdir -p "$out"
+made="sets of $samples on $device" before=$(cat "$out/made.txt" 2>/dev/null || true)
+if [ "${before:-$made}" != "$made" ]; then
+    echo "$out has $before: move it away first"
+    exit 1
+fi
+echo "$made" >"$out/made.txt"
 
 stage() { # its name, then its command; what it prints goes to NAME.txt
     local name=$1
