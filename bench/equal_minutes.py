@@ -7,11 +7,10 @@
 Each method gets as many minutes of the processor (not of the clock), from scratch, by the `train`
 of its script. Of those in the latent the VAE takes its minutes first: `vae` trains that of a seed
 (20 epochs, as in 02). We time some steps of a stage, and plan as many as fit: the learning rate
-falls to 0 at their end, and all images come equally often, or once more. (Until 2026-12-01 an
-arm of few passes saw a part of the images, one of two passes only half of them, each twice.)
-Samples and scores are not counted. Flow, pairs and reflow get 55, 15 and 30% of the time, one
-choice for both. All other options are those of the scripts, which are meant for longer trainings,
-but for those of 07.
+falls to 0 at their end. Up to ten passes are one long epoch, in which all images come equally
+often, or once more; of more passes, each is of nearly all. Samples and scores are not counted.
+Flow, pairs and reflow get 55, 15 and 30% of the time, one choice for both. All other options are
+those of the scripts, which are meant for longer trainings, but for those of 07.
 
     drifting        07, told the class              latent-reflow   04b, by one, two and five calls
     clusters        07, 100 clusters for classes    reflow          04, the same, batches of 64
