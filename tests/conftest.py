@@ -29,7 +29,7 @@ def no_network_no_leftovers(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
 
-BESIDE = {"test_bench", "test_device", "test_metrics", "test_whole_runs"}  # half of the time
+BESIDE = {"test_bench", "test_device", "test_folders", "test_metrics", "test_whole_runs"}  # half
 
 
 @pytest.hookimpl(wrapper=True)
