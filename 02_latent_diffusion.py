@@ -16,8 +16,8 @@ but few z from N(0, I) decode to digits. So stage two trains the diffusion of 01
     x_0, x_t, ε, v  x0, x_t, noise, v         (B, 1, 8, 8); x_0 standardised, like ε
 
 Why 1x8x8, and why R? Convolutions expect a grid whose neighbours belong together, as in the
-latents of Rombach et al. 2022. The z of our linear layer has no order. After a rotation R, each
-number of z R changes mainly one place of the image. (That halves the distance of 3 epochs.)
+latents of Rombach et al. 2022. A linear layer has no order. After a rotation R, each number
+of z R changes mainly one place of the image. (After 3 epochs: half the Fréchet distance.)
 
     python 02_latent_diffusion.py                  two hours on a core of an Intel Xeon
     python 02_latent_diffusion.py --sample-only    your last run's weights, or ours
@@ -193,7 +193,7 @@ class Schedule(NamedTuple):
 def make_schedule(timesteps: int, device: str = "cpu") -> Schedule:
     """The cosine schedule: √ᾱ_t = cos φ_t, √(1-ᾱ_t) = sin φ_t, with φ_t evenly spaced (after
     Nichol & Dhariwal 2021, Eq. 17), from 0.01 to π/2 - 0.01 for any T. So at t = 0 a little noise
-    is left, as the samplers divide by 1-ᾱ_t, and at t = T-1 1% of the image, in noise."""
+    is left, as the samplers divide by 1-ᾱ_t, and 1% of the image at t = T-1, under noise."""
     phi = torch.linspace(0.01, math.pi / 2 - 0.01, timesteps, dtype=torch.float64)
     alpha_bars = phi.cos() ** 2  # ᾱ_t comes first; α_t and β_t follow from it
     alphas = alpha_bars / torch.cat([torch.ones(1), alpha_bars[:-1]])  # ᾱ_{-1} = 1

@@ -19,10 +19,10 @@ So each size N has its own table and floor: the mean FD of ten draws of N traini
 (as many of each class if a set has that, as for 03 and 07). Claims compare times, shares
 misread, or distances minus the floor. One is open if luck may decide: within two standard
 errors of its limit. (For the error of a distance we leave out each twentieth of a set in
-turn; it tells the luck of the noise, not that of another training.) A high recall alone proves
-little (scattered samples have a large R), nor does precision where one digit is far from all.
+turn; it tells the luck of the noise, not of another training.) Recall alone proves little,
+since scattered samples have a large R, nor does precision where one digit is far from all.
 
-    python 05_compare.py                       score what --eval-samples left in runs/SCRIPT/
+    python 05_compare.py                       score the sets of --eval-samples in runs/SCRIPT
     python 05_compare.py FILE.pt FOLDER        score these: a .pt, or a folder of pictures
     python 05_compare.py --train-judge         train the classifier again, on --dataset
 """
@@ -46,11 +46,11 @@ fit = importlib.import_module("01_ddpm_ddim").fit  # the loop of all scripts
 def parse_args(argv: list[str] | None = None):
     parser = common.make_parser(__file__, "Score samples.", epochs=5, lr=3e-3)
     add = parser.add_argument
-    add("files", nargs="*", type=Path, metavar="FILE", help="a .pt, or a folder of pictures")
+    add("files", nargs="*", type=Path, metavar="FILE", help="a .pt or a folder of pictures")
     add("--train-judge", action="store_true", help="train the classifier of --dataset")
     add("--runs", type=Path, help="folder of all results; None: the one with --out-dir")
     tiny = {"dataset": "synthetic", "train_images": 512, "epochs": 2, "batch_size": 32}
-    add("--eval-samples", **common.COUNT, default=10_000, help="at most so many of each set")
+    add("--eval-samples", **common.COUNT, default=10_000, help="at most so many of a set")
     first = parser.parse_args(argv or [])
     parser.set_defaults(sample_only=not (first.train_judge or first.resume or first.fast_dev))
     args = common.parse(parser, argv, tiny, sampling=["files", "train_judge", "runs"])
@@ -251,7 +251,7 @@ def judge_rule(a: dict, b: dict, key: str, limit: float) -> tuple[str, str]:
         return "faster" if times >= limit else slower, f"{figures}, {times:.2g} times as fast"
 
     def margin(times: float) -> float:
-        """By how many standard errors a is below `times` b. Sets of one noise share its luck."""
+        """By how many standard errors a is below `times` b. Sets of one noise share luck."""
         times = 2 - times if b[key] < 0 else times  # below the floor: |b| / 4 more
         if key == "above":
             error = standard_error(times * b["without"] - a["without"])
@@ -267,7 +267,7 @@ def judge_rule(a: dict, b: dict, key: str, limit: float) -> tuple[str, str]:
 
 
 def judge_claim(rows: list[dict], n: int, claim: str, one: str, two: str, rules: dict) -> list:
-    """Claim, what is compared, verdict and figures, from sets of n; times from sets of any size."""
+    """Claim, sets, verdict and figures, from sets of n; times from sets of any size."""
     rows, found = sorted(rows, key=lambda row: row["N"] == n), []  # those of n last: they count
     for key, limit in rules.items():
         sets = {name(row): row for row in rows
@@ -307,8 +307,8 @@ def draw(args, n: int, rows: list[dict], floor: float) -> None:
         for i, (method, parts) in enumerate(lines.items()):
             for sampler, points in parts.items():
                 axes.errorbar(*zip(*points), color=f"C{i}", marker=marks[sampler], lw=1)
-            up = 1 if "MeanFlow" in parts else -5  # a name is left of its line
-            side, place = ("left", (9, 2)) if "DDIM" in parts else ("right", (-6, up))  # or right
+            up = 1 if "MeanFlow" in parts else -5  # names are left or right of lines
+            side, place = ("left", (9, 2)) if "DDIM" in parts else ("right", (-6, up))
             if parts:
                 axes.annotate(method, min(map(min, parts.values()))[:2], place, "data",
                               "offset points", ha=side, color=f"C{i}", size=8)

@@ -86,7 +86,7 @@ class Plan:
         epochs = passes if passes > 10 else 1  # few passes: one long epoch, which leaves out none
         steps = max(int((seconds / epochs - epoch) / step), 1)
         size = steps * args.batch_size
-        even = torch.arange(size) * len(data[0]) // size  # all alike often, or once more
+        even = torch.arange(size) * len(data[0]) // size  # all equally often, or once more
         self.steps[name] = epochs * steps
         net = self.fit(args, state, name, model, loss, [x[even] for x in data], test, epochs, lr,
                        draw)

@@ -29,13 +29,13 @@ def no_network_no_leftovers(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
 
-BESIDE = {"test_bench", "test_device", "test_folders", "test_metrics", "test_whole_runs"}  # half
+BESIDE = {"test_bench", "test_device", "test_folders", "test_metrics", "test_whole_runs"}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session):
-    """If these files are to run, and others, too, then they run beside the others: as a process,
-    on a second core. What it prints comes at the end."""
+    """If these files, half of the time, are to run, and others, too, then they run beside the
+    others: as a process, on a second core. What it prints comes at the end."""
     moved = [item for item in session.items if item.path.stem in BESIDE]
     option = session.config.option
     if option.collectonly or option.usepdb or len(moved) in (0, len(session.items)):

@@ -354,7 +354,7 @@ def test_pictures_of_sets_say_their_distance(bench, run, tmp_path, monkeypatch):
 
 def test_the_plan_of_equal_minutes_fits_them(bench, tmp_path, monkeypatch):
     """Steps of half a second, and 3 seconds for each epoch; 20 were paid, and 7 are lost before.
-    Few passes are one epoch with all images alike; of many, none is of less than most."""
+    Few passes are one epoch with all images alike; of many, each is of most images."""
     clock, seen = [0.0], []
 
     def fit(args, state, name, model, loss, data, test, epochs, lr, draw=None):
